@@ -1,0 +1,390 @@
+"""The configuration: what a run is, where its values come from, and which values are valid.
+
+A run is a model, a data source and a list of phases. A recipe (YAML) states them, the command line overrides single
+values (`--phases.finetune.lr 3e-5`). Both are merged into one tree of plain values first and checked after that, so
+overriding one value of one phase leaves its others alone. Each field's type, range and explanation stand here, once:
+`--help`, the error messages and the check are made from them. No torch here: `--help` must answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import glob
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticUndefined
+
+from errors import USAGE, UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _split_commas(value):
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+ModuleNames = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """Which network, and what it starts from (in this order: weights, pretrained, from scratch)."""
+
+    name: str = Field("resnet50", description="any timm model, or simple_cnn, deep_cnn, resnet50_small_stem")
+    pretrained: bool = Field(False, description="start from timm's pretrained weights of that name, from the hub")
+    weights: str | None = Field(
+        None,
+        description="start from these weights: a .safetensors file with timm's keys, or another run's best/ folder",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Where the images come from and how they become batches."""
+
+    source: str = Field(
+        "uoft-cs/cifar100",
+        min_length=1,
+        description="a dataset id on the hub; a folder or glob of .parquet; a folder of images, one subfolder a class "
+        "(or train/CLASS/..., test/CLASS/...); or 'embedded': small images drawn by code",
+    )
+    streaming: bool | None = Field(
+        None,
+        description="read rows as they arrive instead of downloading first and reading memory-mapped "
+        "(default: true for a hub source, false for others)",
+    )
+    image: str | None = Field(None, description="the image column (default: the only one of image type)")
+    label: str | None = Field(None, description="the label column (default: the class label with the most classes)")
+    train_split: str = Field("train", description="the split to train on; validation rows are held out of it")
+    test_split: str | None = Field(
+        "test", description="the split to read once, after training; null: finish without test figures"
+    )
+    folds: int = Field(
+        5, ge=2, description="parts that the training split is hashed into; validation is one of them, so 5 means 20 %"
+    )
+    fold: int = Field(0, ge=0, description="which part is validation, 0 to folds - 1 (cross-validation: train each)")
+    image_size: int | None = Field(
+        None,
+        ge=8,
+        le=1024,
+        description="pixels a side that the model sees, resized on the device (default: as they are)",
+    )
+    batch_size: int = Field(
+        64, ge=1, description="images per optimizer step, all processes and gradient accumulation together"
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images per forward pass of one process; fewer than its share of the batch: accumulate"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="processes that decode images, per training process (default: cores - 1, 1 to 4)"
+    )
+    shuffle_buffer: int = Field(
+        10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
+    )
+    embedded_rows: int = Field(
+        10_000, ge=200, description="training rows of the 'embedded' source; its test split has a fifth of them"
+    )
+
+    @model_validator(mode="after")
+    def _fold_exists(self):
+        if self.fold >= self.folds:
+            raise ValueError(f"fold is {self.fold}, but with {self.folds} folds it goes from 0 to {self.folds - 1}")
+        return self
+
+    @property
+    def kind(self) -> Literal["embedded", "parquet", "folder", "hub"]:
+        """What `source` is, told from its form and from the disk, without reading any data.
+
+        Raises:
+            UserError: it has the form of a path, but there is nothing there.
+        """
+        if self.source == "embedded":
+            return "embedded"
+        path = Path(self.source).expanduser()
+        if path.is_dir():
+            return "parquet" if next(path.rglob("*.parquet"), None) else "folder"
+        if glob.glob(str(path), recursive=True):
+            if path.suffix == ".parquet":
+                return "parquet"
+            raise UserError(f"data.source: {self.source} is neither a folder nor .parquet files", USAGE)
+        if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source) and path.suffix != ".parquet" and self.source[0] != ".":
+            return "hub"
+        raise UserError(f"data.source: there is no file or folder {self.source}", USAGE)
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are streamed: as asked, otherwise for hub sources only."""
+        return self.kind == "hub" if self.streaming is None else self.streaming
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AugmentConfig:
+    """What is done to training images, batched, on the device."""
+
+    policy: Literal["report", "none"] = Field(
+        "report",
+        description="report: crop with padding, flip, colour jitter 0.2, rotation up to 15 degrees; none: normalise only",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PhaseConfig:
+    """One phase of a run: which modules train, for how long, and how."""
+
+    modules: ModuleNames = Field(
+        description="module names to train, comma-separated; 'head' is the model's classifier whatever its name, "
+        "'all' is everything; the rest is frozen, batch-norm statistics included"
+    )
+    epochs: int = Field(ge=1, description="passes over the training split")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field("adam", description="torch's optimizer of that name")
+    lr: float = Field(gt=0, description="learning rate at the phase's start")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay (L2; decoupled with adamw)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum; sgd only")
+    schedule: Literal["plateau", "cosine", "constant"] = Field(
+        "constant",
+        description="learning rate per epoch. plateau: a tenth after more than 5 epochs without gain in validation "
+        "top-1; cosine: annealed to 0 over the phase",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="end the phase after this many epochs without gain in validation top-1 (default: never)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Environment:
+    """What a run found around it. Recorded in config.yaml, never set here: precision and processes are Accelerate's."""
+
+    mixed_precision: str
+    processes: int
+    device: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """The whole configuration of a run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    phases: dict[str, PhaseConfig] = Field(min_length=1)
+    clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, shuffling, augmentation and dropout")
+    recipe: str = "run"  # the recipe file's name, which the run is called after
+    run_name: str | None = Field(
+        None, pattern=r"^[\w][\w.-]*$", description="folder of this run below output_dir (default: recipe and time)"
+    )
+    output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
+    tracking: Literal["wandb", "none"] = Field(
+        "wandb",
+        description="where figures go beside history.jsonl; wandb goes offline by itself without key or network",
+    )
+    environment: Environment | None = None
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML that is itself a valid `--config`."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ---- from files and command line to a checked Config ----------------------------------------------------------------
+
+
+def read_yaml(path: Path) -> dict:
+    """The tree of plain values in a YAML file; UserError names the file and, where it is malformed, the line."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+        hint = _nearest(path.stem, known) or f"recipes: {', '.join(known)}"
+        raise UserError(f"--config: there is no file {path}; {hint}", USAGE) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {path} can't be read: {error}", USAGE) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})", USAGE) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found {type(tree).__name__}", USAGE)
+    return tree
+
+
+def check(tree: dict, origin: str) -> Config:
+    """Parse and check a merged tree. UserError names each wrong field, its value and what is allowed."""
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise UserError(f"{origin}: " + "; ".join(lines), USAGE) from None
+
+
+def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
+    """The command line of train.py as (configuration, run folder to resume or None).
+
+    `--help` prints the options with the chosen recipe's values as defaults and exits.
+
+    Raises:
+        UserError: an option or value that does not exist (the nearest valid one is named) or is out of range.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = _QuietParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, default=None)
+    first.add_argument("--resume", type=Path, default=None)
+    chosen, _ = first.parse_known_args(argv)
+
+    if chosen.resume:
+        if not (chosen.resume / "config.yaml").is_file():
+            raise UserError(f"--resume: {chosen.resume} is not a run folder (it has no config.yaml)", USAGE)
+        path = chosen.resume / "config.yaml"
+    else:
+        path = chosen.config or DEFAULT_RECIPE
+    tree = read_yaml(path)
+    tree.setdefault("recipe", re.sub(r"[^\w.-]+", "-", path.stem))
+
+    overrides = vars(_parser(tree, path).parse_args(argv))
+    overrides.pop("config", None), overrides.pop("resume", None)
+    if chosen.resume and overrides:
+        given = ", ".join(f"--{name}" for name in overrides)
+        raise UserError(f"a resumed run keeps its own configuration: leave out {given}", USAGE)
+    for dotted, text in overrides.items():
+        _set(tree, dotted, text)
+    return check(tree, f"{path} and command line" if overrides else str(path)), chosen.resume
+
+
+class _QuietParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message, USAGE)
+
+
+class _Parser(_QuietParser):
+    def parse_args(self, argv):
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            name = unknown[0].split("=")[0]
+            hint = _nearest(name, known) or "see python train.py --help"
+            raise UserError(f"there is no option {name}; {hint}", USAGE)
+        return values
+
+
+def _parser(tree: dict, path: Path) -> _Parser:
+    """An option for each field, and for each field of each phase that the recipe names."""
+    parser = _Parser(
+        prog="train.py",
+        usage="accelerate launch train.py [--config FILE] [--OPTION VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        argument_default=argparse.SUPPRESS,
+        description="Train an image classifier in phases. Without options: the report's Part 3, a pretrained ResNet-50\n"
+        "fine-tuned on CIFAR-100, first its head, then its last two stages.",
+        epilog="examples:\n"
+        "  accelerate launch train.py\n"
+        "  accelerate launch --mixed_precision bf16 train.py --config recipes/deep_cnn.yaml\n"
+        "  accelerate launch train.py --data.source ~/photos --data.image_size 224 --phases.finetune.lr 3e-5\n"
+        f"\nDefaults shown are those of {path.name}; --config FILE --help shows another recipe's.\n"
+        "Precision, devices and processes are set through Accelerate: accelerate launch --help.",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="recipe to start from (default: recipes/resnet50.yaml)"
+    )
+    parser.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with this run folder from its last checkpoint"
+    )
+    sections = {"run": Config, "model": ModelConfig, "data": DataConfig, "augment": AugmentConfig}
+    for name, cls in sections.items():
+        values = tree if name == "run" else tree.get(name)
+        _add_group(parser, name, "" if name == "run" else f"{name}.", cls, values)
+    phases = tree.get("phases")
+    for name, values in (phases if isinstance(phases, dict) else {}).items():
+        _add_group(parser, f"phase '{name}'", f"phases.{name}.", PhaseConfig, values)
+    return parser
+
+
+def _add_group(parser, title, prefix, cls, values):
+    group = parser.add_argument_group(title, None if cls is Config else cls.__doc__)
+    values = values if isinstance(values, dict) else {}
+    for name, field in cls.__pydantic_fields__.items():
+        if field.description is None:  # a section, or a recorded fact
+            continue
+        default = values.get(name, field.default)
+        text = field.description
+        if "(default" not in text or values.get(name) is not None:
+            text += " (required)" if default is PydanticUndefined else f" [{_show(default)}]"
+        group.add_argument(f"--{prefix}{name}", metavar=_metavar(field.annotation), help=text.replace("%", "%%"))
+
+
+def _show(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _metavar(annotation) -> str:
+    options = [option for option in (typing.get_args(annotation) or (annotation,)) if option is not type(None)]
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(options)
+    if typing.get_origin(annotation) is tuple:
+        return "NAMES"
+    return {bool: "true|false", int: "INT", float: "FLOAT"}.get(options[0], "TEXT")
+
+
+def _set(tree: dict, dotted: str, text: str):
+    """Put one override into the tree; its text is read as YAML reads it, so `null`, `true` and `[a, b]` work."""
+    *parents, name = dotted.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    try:
+        tree[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree[name] = text
+    if isinstance(tree[name], (dict, list)) and name != "modules":
+        tree[name] = text  # a name such as {a} stays a text
+
+
+def _explain(problem: dict) -> str:
+    """One pydantic error as one sentence in the words of this project."""
+    location = [str(part) for part in problem["loc"]]
+    field, value = ".".join(location), problem["input"]
+    fields = _fields_at(location[:-1])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        hint = _nearest(location[-1], list(fields)) or f"allowed: {', '.join(fields)}"
+        return f"there is no {field}; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{field} is missing"
+    if problem["type"] == "literal_error":
+        allowed = typing.get_args(fields[location[-1]].annotation)
+        hint = _nearest(str(value), list(allowed)) or "allowed"
+        return f"{field}: {value!r} is not known; {hint} ({', '.join(allowed)})"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{field}: {value!r} must be a plain name (letters, digits, _ . -, no slash)"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return f"{field or 'configuration'}: {message}" + ("" if isinstance(value, dict) else f", not {value!r}")
+
+
+def _fields_at(location: list[str]) -> dict:
+    """The fields of the section that an error's location lies in."""
+    sections = {"model": ModelConfig, "data": DataConfig, "augment": AugmentConfig, "environment": Environment}
+    if not location:
+        return Config.__pydantic_fields__
+    return (PhaseConfig if location[0] == "phases" else sections.get(location[0], Config)).__pydantic_fields__
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else ""

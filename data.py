@@ -1,0 +1,315 @@
+"""Images and labels: from a hub dataset, parquet, a folder of images or the embedded drawings to batches of uint8.
+
+Every source becomes one `datasets` object with an undecoded image column and a class-label column; from there the
+validation split, the decoding and the loaders are the same for all, streamed or memory-mapped.
+"""
+
+import glob
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from datasets.utils.file_utils import xopen
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch.utils.data import DataLoader
+
+import embedded
+import hub
+from config import DataConfig
+from errors import USAGE, UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """An opened source. The datasets hold encoded images; nothing is decoded before a loader asks for it."""
+
+    train: Dataset | IterableDataset
+    validation: Dataset | IterableDataset
+    test: Dataset | IterableDataset | None
+    image: str  # column
+    label: str  # column
+    class_names: list[str]
+    size: tuple[int, int]  # height and width in pixels of the first training image
+
+
+def load(config: DataConfig) -> Data:
+    """Open the source, find its columns and hold the validation rows out of the training split.
+
+    Raises:
+        UserError: the source, a split or a column is not there, or has another type than images and class labels.
+    """
+    splits = _open(config)
+    train = _pick(splits, config.train_split, "data.train_split", config.source)
+    test = _pick(splits, config.test_split, "data.test_split", config.source) if config.test_split else None
+    if train.features is None:  # a stream of parquet without metadata: read from its first rows
+        train = train._resolve_features()
+    image, label = _columns(train.features, config)
+
+    train, test = (_encoded(split, image, label) for split in (train, test))
+    train, classes = _with_classes(train, label, config)
+    if test is not None and test.features and test.features != train.features:
+        test = test.cast(train.features)
+    first = next(iter(train), None)
+    if first is None:
+        raise UserError(f"{config.source}: the split '{config.train_split}' has no rows")
+    width, height = decode(first[image]).size
+    training, validation = hold_out(train, image, config.folds, config.fold)
+    return Data(training, validation, test, image, label, classes, (height, width))
+
+
+def hold_out(dataset, image: str, folds: int, fold: int):
+    """Split rows into (training, validation) by their images' encoded bytes.
+
+    A row's side depends on nothing but its bytes: not on its position, the number of workers, shards or processes, nor
+    on whether it is streamed. Copies of an image fall on the same side.
+    """
+    if isinstance(dataset, IterableDataset):
+        training, validation = (
+            dataset.filter(
+                partial(_on_side, folds=folds, fold=fold, validation=side), input_columns=[image], batched=True
+            )
+            for side in (False, True)
+        )
+        return training, validation
+    held_out = np.array(
+        [
+            side
+            for batch in dataset.select_columns([image]).iter(1000)
+            for side in _on_side(batch[image], folds, fold, validation=True)
+        ]
+    )
+    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
+
+
+def _on_side(encoded: list[Mapping], folds: int, fold: int, validation: bool) -> list[bool]:
+    digests = [hashlib.blake2b(_bytes(image), digest_size=8).digest() for image in encoded]
+    return [(int.from_bytes(digest, "big") % folds == fold) == validation for digest in digests]
+
+
+# ---- sources ----------------------------------------------------------------------------------------------------
+
+
+def _open(config: DataConfig) -> Mapping:
+    """All splits of the source by name, streamed or memory-mapped."""
+    kind, streams = config.kind, config.streams
+    try:
+        if kind == "embedded":
+            return _embedded(config.embedded_rows, streams)
+        if kind == "parquet":
+            return datasets.load_dataset("parquet", data_files=_parquet_files(config.source), streaming=streams)
+        if kind == "folder":
+            folder = str(Path(config.source).expanduser())
+            return datasets.load_dataset("imagefolder", data_dir=folder, drop_labels=False, streaming=streams)
+        if streams and hub.offline():  # a stream has no cache; what was downloaded earlier is read as one
+            return {name: split.to_iterable_dataset() for name, split in datasets.load_dataset(config.source).items()}
+        return datasets.load_dataset(config.source, streaming=streams)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
+        if kind == "hub" and hub.offline():
+            raise hub.unreachable(f"the dataset {config.source}") from error
+        raise UserError(f"data.source: {config.source} can't be loaded: {_first_line(error)}") from error
+
+
+def _embedded(rows: int, streams: bool) -> dict:
+    features = Features(
+        img=Image(),
+        fine_label=ClassLabel(names=embedded.FINE_NAMES),
+        coarse_label=ClassLabel(names=embedded.COARSE_NAMES),
+    )
+    splits = {}
+    for name, wanted in (("train", rows), ("test", rows // 5)):
+        starts = list(range(0, wanted, embedded.CHUNK))
+        if streams:
+            splits[name] = IterableDataset.from_generator(
+                _draw, features=features, gen_kwargs={"starts": starts, "split": name, "rows": wanted}
+            )
+        else:
+            splits[name] = Dataset.from_list(list(_draw(starts, name, wanted)), features=features)
+    return splits
+
+
+def _draw(starts: list[int], split: str, rows: int):
+    for start in starts:
+        for offset, row in enumerate(embedded.rows(split, start, start + embedded.CHUNK)):
+            if start + offset < rows:
+                yield row
+
+
+def _parquet_files(source: str) -> dict[str, list[str]]:
+    """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet."""
+    path = Path(source).expanduser()
+    names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
+    files = {}
+    for name in sorted(names):
+        files.setdefault(Path(name).name.split(".")[0].split("-")[0], []).append(name)
+    return files
+
+
+def _pick(splits: Mapping, name: str, option: str, source: str):
+    if name not in splits:
+        way_on = ", or null to do without test figures" if option == "data.test_split" else ""
+        raise UserError(
+            f"{option}: {source} has no split '{name}'; it has {', '.join(splits)}: name one of them{way_on}", USAGE
+        )
+    return splits[name]
+
+
+# ---- columns ----------------------------------------------------------------------------------------------------
+
+
+def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
+    """The image and the label column: as named, otherwise found by their types."""
+    for option, name in (("data.image", config.image), ("data.label", config.label)):
+        if name and name not in features:
+            raise UserError(f"{option}: there is no column '{name}'; {config.source} has {', '.join(features)}", USAGE)
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if not config.image and len(images) != 1:
+        found = f"{len(images)} image columns ({', '.join(images)})" if images else "no image column"
+        raise UserError(f"{config.source} has {found}: name it with data.image (columns: {', '.join(features)})", USAGE)
+    if not config.label and not labels:
+        raise UserError(
+            f"{config.source} has no class-label column: name it with data.label (columns: {', '.join(features)})",
+            USAGE,
+        )
+    # Of several labels (CIFAR-100: fine and coarse) the one with the most classes is what a classifier is judged by.
+    label = config.label or max(labels, key=lambda name: features[name].num_classes)
+    return config.image or images[0], label
+
+
+def _encoded(split, image: str, label: str):
+    """The two columns alone, the image as the encoded bytes (or the file) that it comes as."""
+    if split is None:
+        return None
+    return split.select_columns([image, label]).cast_column(image, Image(decode=False))
+
+
+def _with_classes(split, label: str, config: DataConfig):
+    """The split with its label as a ClassLabel, and the class names. A column of whole numbers is given names 0, 1, ..."""
+    feature = split.features[label]
+    if isinstance(feature, ClassLabel):
+        return split, feature.names
+    if not isinstance(feature, Value) or not feature.dtype.startswith(("int", "uint")):
+        raise UserError(
+            f"data.label: column '{label}' of {config.source} holds {getattr(feature, 'dtype', feature)}, not classes; "
+            "turn it into one with datasets' class_encode_column",
+            USAGE,
+        )
+    if isinstance(split, IterableDataset):
+        raise UserError(
+            f"data.label: how many classes column '{label}' has can't be told from a stream; use --data.streaming false",
+            USAGE,
+        )
+    values = split.unique(label)
+    if min(values) < 0 or None in values:
+        raise UserError(f"data.label: column '{label}' of {config.source} holds {min(values)}; classes count from 0")
+    names = [str(value) for value in range(max(values) + 1)]
+    return split.cast_column(label, ClassLabel(names=names)), names
+
+
+# ---- decoding and loaders ---------------------------------------------------------------------------------------
+
+
+def _bytes(encoded: Mapping) -> bytes:
+    if encoded["bytes"] is not None:
+        return encoded["bytes"]
+    with xopen(encoded["path"], "rb") as file:
+        return file.read()
+
+
+def decode(encoded: Mapping) -> PILImage.Image:
+    """An encoded image ({"bytes", "path"}) as an RGB PIL image, whatever mode it was stored in.
+
+    Raises:
+        UserError: the bytes are not an image that Pillow can read.
+    """
+    try:
+        return PILImage.open(io.BytesIO(_bytes(encoded))).convert("RGB")
+    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
+        where = encoded["path"] or f"an image of {len(encoded['bytes'])} bytes"
+        raise UserError(f"{where} can't be decoded: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Decode rows into a batch; runs in the loader's workers.
+
+    Returns from a call:
+        dict: `image` uint8 (B, 3, H, W), `label` int64 (B,). Images keep their size; resizing to `image_size` is left
+        to the device, unless they differ in size or are larger: then they are cropped to its shape and resized here.
+    """
+
+    image: str
+    label: str
+    size: tuple[int, int]
+    image_size: int | None
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        images = [decode(row[self.image]) for row in rows]
+        expected = self.size[::-1]
+        odd = next((image.size for image in images if image.size != expected), None)
+        if self.image_size is None and odd:
+            raise UserError(
+                f"images differ in size ({expected[0]}x{expected[1]} and {odd[0]}x{odd[1]} pixels): "
+                "set the size they are all brought to, for example --data.image_size 224"
+            )
+        if self.image_size and (odd or max(expected) > self.image_size or expected[0] != expected[1]):
+            square = (self.image_size, self.image_size)
+            images = [ImageOps.fit(image, square, PILImage.Resampling.BILINEAR) for image in images]
+        pixels = np.stack([np.asarray(image) for image in images])
+        return {
+            "image": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            "label": torch.tensor([row[self.label] for row in rows]),
+        }
+
+
+def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: int, processes: int = 1) -> DataLoader:
+    """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate.
+
+    Training rows are shuffled, anew each epoch, and an incomplete last batch is dropped.
+
+    Args:
+        batch_size: images per batch of one process.
+        processes: training processes on this machine, which share its cores.
+    """
+    dataset, training = getattr(data, split), split == "train"
+    streamed = isinstance(dataset, IterableDataset)
+    workers = default_workers(processes) if config.workers is None else config.workers
+    if streamed:
+        workers = min(workers, dataset.num_shards)  # a shard is read by one worker
+        if training:
+            dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=training and not streamed,
+        drop_last=training,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=Collate(data.image, data.label, data.size, config.image_size),
+    )
+
+
+def default_workers(processes: int) -> int:
+    """Cores of this machine less one for the training itself, shared by its processes; 1 to 4."""
+    return min(4, max(1, cores() // processes - 1))
+
+
+def cores() -> int:
+    """CPU cores that this process may use (its affinity, where the system has one)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

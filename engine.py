@@ -1,0 +1,101 @@
+"""The loop: one epoch of training, one pass of validation. Takes what is prepared, gives numbers.
+
+No files, no logging, no globals: whoever calls decides what to show, store and stop.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from metrics import Classification
+
+
+@dataclass
+class Step:
+    """One optimizer step. The loss stays on the device until somebody reads it."""
+
+    loss: Tensor  # mean over this process's share of the batch, scalar
+    images: int  # of the whole batch, all processes together
+
+
+def train_epoch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    loader,
+    transform: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    metrics: Classification,
+    micro_batch_size: int,
+    clip_norm: float | None = None,
+) -> Iterator[Step]:
+    """Train for one epoch and yield after each optimizer step; afterwards `metrics` holds the epoch's rows.
+
+    A batch is this process's share of the global batch. It goes through the model in pieces of `micro_batch_size`
+    images whose gradients are accumulated; as the pieces are equal, the mean of their losses is the batch's loss.
+
+    Args:
+        model, loader, optimizer: prepared by `accelerator`, whose `gradient_accumulation_steps` is the pieces' number.
+        transform: uint8 (B, 3, H, W) to float32, augmented and normalised.
+        clip_norm: limit of the gradients' global L2 norm.
+    """
+    train_mode(model)
+    for batch in loader:
+        losses = []
+        pieces = zip(batch["image"].split(micro_batch_size), batch["label"].split(micro_batch_size), strict=True)
+        for images, labels in pieces:
+            with accelerator.accumulate(model):
+                logits = model(transform(images))
+                per_image = F.cross_entropy(logits, labels, reduction="none")
+                accelerator.backward(per_image.mean())
+                if clip_norm and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            metrics.add(*metrics.reduce(logits, labels, per_image))
+            losses.append(per_image.detach().mean())
+        yield Step(torch.stack(losses).mean(), len(batch["label"]) * accelerator.num_processes)
+
+
+@torch.inference_mode()
+def validate(accelerator: Accelerator, model: nn.Module, loader, transform: nn.Module) -> dict[str, float]:
+    """Loss (nats), top-1 and top-5 (fractions) over every row of the loader, each exactly once.
+
+    `model` is the prepared one: unwrapped copies can hold different batch-norm statistics on different processes.
+    """
+    model.eval()
+    metrics = Classification()
+    for batch in loader:
+        logits = model(transform(batch["image"]))
+        losses = F.cross_entropy(logits, batch["label"], reduction="none")
+        # Batch by batch, because the last one is padded so that all processes have equally much.
+        metrics.add(*accelerator.gather_for_metrics(metrics.reduce(logits, batch["label"], losses)))
+    return metrics.compute()
+
+
+def train_mode(model: nn.Module) -> None:
+    """Training mode for what trains; what is frozen stays in evaluation mode.
+
+    Otherwise `model.train()` lets the batch-norm statistics of frozen layers drift and switches their dropout on.
+    """
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The bare model, as it was before `prepare` and ready to be prepared afresh; the Accelerator forgets the rest.
+
+    Accelerate puts its autocasting forward on the model itself. Left there it would be wrapped once more in each phase;
+    `unwrap_model(keep_fp32_wrapper=False)` in turn leaves a forward behind that later phases run without autocast.
+    """
+    model = accelerator.unwrap_model(model)
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+    accelerator.free_memory()
+    return model

@@ -1,0 +1,33 @@
+"""The one kind of error a user is shown: a sentence that names what is wrong and the way on, never a traceback."""
+
+import contextlib
+import os
+import sys
+
+USAGE = 2  # the command or the configuration is wrong: nothing was started
+RUN = 1  # the run itself failed: data, weights, the machine
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. `exit_code` is `USAGE` (2) or `RUN` (1)."""
+
+    def __init__(self, message: str, exit_code: int = RUN):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def told():
+    """Around a command: a `UserError` becomes one line on stderr and its exit code; Ctrl-C becomes 130."""
+    try:
+        yield
+    except UserError as error:
+        # Every process meets a wrong command line, and one voice is enough; what fails later may fail on one rank alone.
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or error.exit_code != USAGE:
+            # An error from a loader's worker arrives as text that ends with the original one, below its traceback.
+            text = str(error).rpartition("UserError: ")[2].strip()
+            print(f"[rank {rank}] error: {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

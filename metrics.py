@@ -1,0 +1,85 @@
+"""Loss and accuracy as `evaluate.Metric` classes of this project, which need no download from the hub."""
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class TopKAccuracy(evaluate.Metric):
+    """Share of rows whose label is among the k classes with the largest logits.
+
+    `predictions` are (N, >= k) class indices, most likely first; `references` are (N,) labels. Fractions in [0, 1].
+    """
+
+    def __init__(self, k: int, **kwargs):
+        self.k = k
+        super().__init__(config_name=f"top{k}", **kwargs)
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            features=datasets.Features(
+                predictions=datasets.Sequence(datasets.Value("int32")), references=datasets.Value("int32")
+            ),
+        )
+
+    def _compute(self, predictions, references):
+        hits = np.asarray(predictions)[:, : self.k] == np.asarray(references)[:, None]
+        return {f"top{self.k}": float(hits.any(axis=1).mean())}
+
+
+class MeanLoss(evaluate.Metric):
+    """Mean of per-row losses `predictions` (N,), in nats, summed in float64."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            features=datasets.Features(predictions=datasets.Value("float32"), references=datasets.Value("int32")),
+        )
+
+    def _compute(self, predictions, references):
+        return {"loss": float(np.asarray(predictions, dtype=np.float64).mean())}
+
+
+class Classification:
+    """Collects one epoch's rows and computes `loss`, `top1` and `top5` once, at its end.
+
+    What is collected stays on the device, so that no step has to wait for it.
+    """
+
+    def __init__(self):
+        self.metrics = [TopKAccuracy(1, keep_in_memory=True), TopKAccuracy(5, keep_in_memory=True)]
+        self.loss = MeanLoss(keep_in_memory=True)
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @staticmethod
+    def reduce(logits: Tensor, labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What has to be kept of a batch: losses (B,), the up to 5 likeliest classes (B, 5), labels (B,)."""
+        return losses.detach().float(), logits.detach().topk(min(5, logits.shape[1])).indices, labels
+
+    def add(self, losses: Tensor, classes: Tensor, labels: Tensor) -> None:
+        self.rows.append((losses, classes, labels))
+
+    def compute(self, gather=lambda rows: rows) -> dict[str, float]:
+        """The figures of all rows added since the last call.
+
+        Args:
+            gather: brings the rows of all processes together, where that has not been done batch by batch.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self.rows:
+            raise ValueError("no rows to compute metrics of")
+        losses, classes, labels = (
+            part.cpu().numpy() for part in gather(tuple(torch.cat(part) for part in zip(*self.rows, strict=True)))
+        )
+        self.rows = []
+        result = self.loss.compute(predictions=losses, references=labels)
+        for metric in self.metrics:
+            result |= metric.compute(predictions=classes, references=labels)
+        return result

@@ -1,0 +1,103 @@
+"""The rules of a phase: optimizer, learning-rate schedule, early stopping; and the state of a run that outlives it."""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from config import PhaseConfig
+
+
+def cosine(epoch: int, epochs: int) -> float:
+    """Factor on the learning rate in epoch `epoch` (from 0) of `epochs`: 1 at first, falling to 0 after the last.
+
+    Loshchilov & Hutter, SGDR (2017), without restarts.
+    """
+    return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def make_optimizer(phase: PhaseConfig, model: nn.Module) -> Optimizer:
+    """A new optimizer over the parameters that train in this phase."""
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if phase.optimizer == "sgd":
+        return SGD(training, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
+    return {"adam": Adam, "adamw": AdamW}[phase.optimizer](training, lr=phase.lr, weight_decay=phase.weight_decay)
+
+
+class Schedule:
+    """Sets the learning rate once per epoch. Never given to `accelerator.prepare`, which would step it per process."""
+
+    def __init__(self, optimizer: Optimizer, phase: PhaseConfig):
+        if phase.schedule == "plateau":
+            self.torch = ReduceLROnPlateau(
+                optimizer, mode="max", factor=0.1, patience=5, threshold=0.0, threshold_mode="abs"
+            )
+        elif phase.schedule == "cosine":
+            self.torch = LambdaLR(optimizer, lambda epoch: cosine(epoch, phase.epochs))
+        else:
+            self.torch = LambdaLR(optimizer, lambda epoch: 1.0)
+        self.wants_metric = phase.schedule == "plateau"
+
+    def step(self, top1: float) -> None:
+        """End of an epoch that reached this validation top-1 (the same figure on every process)."""
+        self.torch.step(top1) if self.wants_metric else self.torch.step()
+
+    def state_dict(self) -> dict:
+        """Plain values, fit for JSON."""
+        return {key: value for key, value in self.torch.state_dict().items() if key != "lr_lambdas"}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.torch.load_state_dict(state | ({} if self.wants_metric else {"lr_lambdas": [None]}))
+
+
+@dataclass
+class EarlyStopping:
+    """Counts epochs without gain in validation top-1. A tie is no gain. Starts afresh in each phase.
+
+    Args:
+        patience: stop after this many epochs in a row without gain; None: never.
+    """
+
+    patience: int | None
+    best: float | None = None
+    bad_epochs: int = 0
+
+    def step(self, top1: float) -> bool:
+        """Take in an epoch's validation top-1; tell whether the phase should stop."""
+        if self.best is None or top1 > self.best:
+            self.best, self.bad_epochs = top1, 0
+        else:
+            self.bad_epochs += 1
+        return self.patience is not None and self.bad_epochs >= self.patience
+
+
+@dataclass
+class RunState:
+    """Where a run is. Plain values, kept as JSON beside each checkpoint."""
+
+    phase: int = 0  # index of the current phase
+    phase_epoch: int = 0  # epochs finished in it
+    phase_ended: bool = False  # all its epochs done, or stopped early
+    epoch: int = 0  # epochs finished in all
+    step: int = 0  # optimizer steps in all
+    best_top1: float | None = None  # over the whole run, like the weights in best/
+    best_epoch: int | None = None
+    minutes: float = 0.0  # of training and validation so far
+    schedule: dict = field(default_factory=dict)
+    early_stopping: dict = field(default_factory=dict)
+
+    def is_best(self, top1: float) -> bool:
+        """Note the just finished epoch's validation top-1; tell whether it beats all before (a tie does not)."""
+        if self.best_top1 is not None and top1 <= self.best_top1:
+            return False
+        self.best_top1, self.best_epoch = top1, self.epoch
+        return True
+
+    def begin_phase(self, index: int) -> None:
+        self.phase, self.phase_epoch, self.phase_ended = index, 0, False
+        self.schedule, self.early_stopping = {}, {}
+
+    def state_dict(self) -> dict:
+        return asdict(self)
