@@ -132,7 +132,7 @@ class AugmentConfig:
 
     policy: Literal["report", "none"] = Field(
         "report",
-        description="report: crop with padding, flip, colour jitter 0.2, rotation up to 15 degrees; none: normalise only",
+        description="report: padded crop, flip, colour jitter 0.2, rotation up to 15 degrees; none: normalise only",
     )
 
 
@@ -289,8 +289,8 @@ def _parser(tree: dict, path: Path) -> _Parser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         argument_default=argparse.SUPPRESS,
-        description="Train an image classifier in phases. Without options: the report's Part 3, a pretrained ResNet-50\n"
-        "fine-tuned on CIFAR-100, first its head, then its last two stages.",
+        description="Train an image classifier in phases. Without options: the report's Part 3, a pretrained\n"
+        "ResNet-50 fine-tuned on CIFAR-100, first its head, then its last two stages.",
         epilog="examples:\n"
         "  accelerate launch train.py\n"
         "  accelerate launch --mixed_precision bf16 train.py --config recipes/deep_cnn.yaml\n"

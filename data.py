@@ -195,7 +195,7 @@ def _encoded(split, image: str, label: str):
 
 
 def _with_classes(split, label: str, config: DataConfig):
-    """The split with its label as a ClassLabel, and the class names. A column of whole numbers is given names 0, 1, ..."""
+    """The split with its label as a ClassLabel, and the class names; whole numbers are given the names 0, 1, ..."""
     feature = split.features[label]
     if isinstance(feature, ClassLabel):
         return split, feature.names
@@ -207,7 +207,7 @@ def _with_classes(split, label: str, config: DataConfig):
         )
     if isinstance(split, IterableDataset):
         raise UserError(
-            f"data.label: how many classes column '{label}' has can't be told from a stream; use --data.streaming false",
+            f"data.label: how many classes column '{label}' has can't be told from a stream; --data.streaming false",
             USAGE,
         )
     values = split.unique(label)

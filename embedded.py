@@ -1,9 +1,9 @@
 """The embedded data: small images drawn by code, so that the demo and the tests need no download.
 
-It has CIFAR-100's columns and shape of problem: 32x32 RGB, 20 coarse classes of 5 fine ones. A coarse class is a figure
-(five outlines, each filled, hollow, slit or cored), a fine class adds the texture it is painted with. Position, scale,
-rotation, colours, background, clutter, lighting and noise are nuisance: a model has to learn the figure and the texture,
-and one that knows figures already (from the coarse labels) has a head start on the fine ones.
+It has CIFAR-100's columns and shape of problem: 32x32 RGB, 20 coarse classes of 5 fine ones. A coarse class is a
+figure (five outlines, each filled, hollow, slit or cored), a fine class adds the texture it is painted with. Position,
+scale, rotation, colours, background, clutter, lighting and noise are nuisance: a model has to learn the figure and the
+texture, and one that knows figures already (from the coarse labels) has a head start on the fine ones.
 """
 
 import io

@@ -22,7 +22,7 @@ def told():
     try:
         yield
     except UserError as error:
-        # Every process meets a wrong command line, and one voice is enough; what fails later may fail on one rank alone.
+        # Every process meets a wrong command line, and one voice is enough; later errors may be of one rank alone.
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or error.exit_code != USAGE:
             # An error from a loader's worker arrives as text that ends with the original one, below its traceback.

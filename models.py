@@ -1,4 +1,4 @@
-"""Networks and their weights: SimpleCNN, DeepCNN and the small-stem ResNet-50 beside all of timm's, one way to make each.
+"""Networks and their weights: SimpleCNN, DeepCNN and a small-stem ResNet-50 beside all of timm's.
 
 The project's own networks are registered with timm, so that every model comes from `timm.create_model`, and a run's
 best/ folder loads anywhere that this file is imported (a plain timm backbone needs timm alone).
@@ -103,7 +103,7 @@ def simple_cnn(pretrained: bool = False, **kwargs) -> ConvNet:
 
 @register_model
 def deep_cnn(pretrained: bool = False, **kwargs) -> ConvNet:
-    """Part 2 of the report: four convolutions (64 to 512) with batch norm, fully connected 1024 and 512, dropout 0.2."""
+    """Part 2 of the report: four convolutions (64-512) with batch norm, fully connected 1024 and 512, dropout 0.2."""
     arch = {"filters": (64, 128, 256, 512), "hidden": (1024, 512), "batch_norm": True, "grid": 2, "drop_rate": 0.2}
     return build_model_with_cfg(ConvNet, "deep_cnn", pretrained, **(arch | kwargs))
 

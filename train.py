@@ -177,7 +177,7 @@ def train_phase(
                         )
         if not images:
             raise UserError(
-                f"the training split has fewer rows than one batch of data.batch_size {config.data.batch_size}"
+                f"the training split has fewer rows than one batch: data.batch_size {config.data.batch_size}"
             )
         trained = metrics.compute(accelerator.gather)
         seconds_training = time.perf_counter() - began
