@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import Config
+
 
 class Normalize(nn.Module):
     """uint8 images (B, 3, H, W) to normalised float32, brought to `image_size` pixels a side first if that is given."""
@@ -58,9 +60,16 @@ class ReportAugment(Normalize):
         return self.policy(images)
 
 
-def build(policy: str, mean, std, image_size: int | None, size: tuple[int, int]) -> tuple[Normalize, Normalize]:
-    """The pair (for training, for evaluation). `size` is that of the stored images."""
-    evaluation = Normalize(mean, std, image_size)
-    if policy == "none":
+def build(config: Config, cfg: dict, size: tuple[int, int], device: torch.device) -> tuple[Normalize, Normalize]:
+    """The pair (for training, for evaluation).
+
+    Args:
+        cfg: the model's `pretrained_cfg`; its mean and std are those that its weights were trained with.
+        size: height and width in pixels of the stored images.
+    """
+    mean, std, image_size = cfg["mean"], cfg["std"], config.data.image_size
+    evaluation = Normalize(mean, std, image_size).to(device)
+    if config.augment.policy == "none":
         return evaluation, evaluation
-    return ReportAugment(mean, std, image_size, (image_size, image_size) if image_size else size), evaluation
+    size = (image_size, image_size) if image_size else size
+    return ReportAugment(mean, std, image_size, size).to(device), evaluation

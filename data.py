@@ -273,18 +273,32 @@ class Collate:
         }
 
 
-def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: int, processes: int = 1) -> DataLoader:
+def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images that the model sees."""
+    return (config.image_size, config.image_size) if config.image_size else data.size
+
+
+def describe(data: Data, config: DataConfig) -> str:
+    streamed = isinstance(data.train, IterableDataset)
+    rows = "streamed" if streamed else f"{len(data.train)} training and {len(data.validation)} validation rows"
+    height, width = data.size
+    return (
+        f"{config.source}, {rows} (fold {config.fold} of {config.folds} is validation), {width}x{height} pixels, "
+        f"{len(data.class_names)} classes of column '{data.label}'"
+    )
+
+
+def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: int) -> DataLoader:
     """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate.
 
     Training rows are shuffled, anew each epoch, and an incomplete last batch is dropped.
 
     Args:
         batch_size: images per batch of one process.
-        processes: training processes on this machine, which share its cores.
     """
     dataset, training = getattr(data, split), split == "train"
     streamed = isinstance(dataset, IterableDataset)
-    workers = default_workers(processes) if config.workers is None else config.workers
+    workers = default_workers() if config.workers is None else config.workers
     if streamed:
         workers = min(workers, dataset.num_shards)  # a shard is read by one worker
         if training:
@@ -301,14 +315,23 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
     )
 
 
-def default_workers(processes: int) -> int:
+def images_in(prepared_loader) -> int | None:
+    """Images that a prepared training loader gives in one epoch, all processes together; None for a stream."""
+    try:
+        return len(prepared_loader) * prepared_loader.total_batch_size
+    except TypeError:
+        return None
+
+
+def default_workers() -> int:
     """Cores of this machine less one for the training itself, shared by its processes; 1 to 4."""
-    return min(4, max(1, cores() // processes - 1))
+    return min(4, max(1, cores_per_process() - 1))
 
 
-def cores() -> int:
-    """CPU cores that this process may use (its affinity, where the system has one)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores_per_process() -> int:
+    """CPU cores that this process may use (its affinity, where the system has one), shared with its siblings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _first_line(error: Exception) -> str:

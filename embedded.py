@@ -47,13 +47,13 @@ def _draw(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     coarse, texture = np.divmod(fine, len(TEXTURES))
     outline, structure = np.divmod(coarse, len(STRUCTURES))
 
-    def uniform(low, high):
-        return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+    def uniform(low, high, *more):
+        return rng.uniform(low, high, (n, 1, 1, *more)).astype(np.float32)
 
     # The figure's own coordinates: moved, turned and scaled; 1 is its outer radius.
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
     dx, dy = x - SIZE / 2 - uniform(-4, 4), y - SIZE / 2 - uniform(-4, 4)
-    turn, radius = uniform(-0.5, 0.5), uniform(9, 13.5)
+    turn, radius = uniform(-0.5, 0.5), uniform(10, 14)
     u = (dx * np.cos(turn) + dy * np.sin(turn)) / radius
     v = (dy * np.cos(turn) - dx * np.sin(turn)) / radius
 
@@ -71,7 +71,7 @@ def _draw(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     inside = inside * np.where(pick == 1, 1 - core, 1) * np.where(pick == 2, 1 - slit, 1)
 
     # The texture switches between two paints; the cored figures' middle has a third.
-    wave = 2 * np.pi / uniform(3.6, 5.0) * radius
+    wave = 2 * np.pi / uniform(4.5, 6.0) * radius
     phase = uniform(0, 2 * np.pi)
     along, across = np.sin(wave * u + phase), np.sin(wave * v + phase)
     patterns = np.stack(
@@ -80,15 +80,15 @@ def _draw(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     chosen = np.take_along_axis(patterns, texture[None, :, None, None], axis=0)[0]
     paint = np.clip(chosen * 2 + 0.5, 0, 1)[..., None]
 
-    background = rng.uniform(0.1, 0.9, (n, 1, 1, 3)).astype(np.float32)
-    first = (background + rng.choice([-1, 1], (n, 1, 1, 3)) * rng.uniform(0.2, 0.45, (n, 1, 1, 3))) % 1.0
-    second = first + (0.5 - first) * uniform(0.8, 1.3)[..., None]
+    background = uniform(0.1, 0.9, 3)
+    first = (background + rng.choice([-1, 1], (n, 1, 1, 3)).astype(np.float32) * uniform(0.2, 0.45, 3)) % 1
+    second = (first + uniform(0.35, 0.65, 3)) % 1
     third = 1 - background
     figure = paint * first + (1 - paint) * second
     figure = np.where((pick == 3)[..., None], core[..., None] * third + (1 - core[..., None]) * figure, figure)
 
     # Background: a slow colour gradient and a few blobs of clutter, some of them over the figure.
-    slope = rng.normal(0, 0.012, (2, n, 1, 1, 3)).astype(np.float32)
+    slope = 0.012 * rng.standard_normal((2, n, 1, 1, 3), dtype=np.float32)
     image = background + slope[0] * (x - SIZE / 2)[..., None] + slope[1] * (y - SIZE / 2)[..., None]
     image = _blob(image, x, y, rng, n)
     image = _blob(image, x, y, rng, n)
@@ -96,10 +96,10 @@ def _draw(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     image = _blob(image, x, y, rng, n)
 
     # Lighting and noise.
-    light = uniform(0.7, 1.25)[..., None]
-    shade = rng.normal(0, 0.01, (2, n, 1, 1)).astype(np.float32)
+    light = uniform(0.7, 1.25, 1)
+    shade = 0.01 * rng.standard_normal((2, n, 1, 1), dtype=np.float32)
     light = light + (shade[0] * (x - SIZE / 2) + shade[1] * (y - SIZE / 2))[..., None]
-    noise = rng.normal(0, 1, image.shape).astype(np.float32) * uniform(0.02, 0.10)[..., None]
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * uniform(0.02, 0.08, 1)
     return (np.clip(image * light + noise, 0, 1) * 255).round().astype(np.uint8)
 
 

@@ -16,9 +16,10 @@ from metrics import Classification
 
 @dataclass
 class Step:
-    """One optimizer step. The loss stays on the device until somebody reads it."""
+    """One optimizer step. Its figures stay on the device until somebody reads them."""
 
-    loss: Tensor  # mean over this process's share of the batch, scalar
+    loss: Tensor  # mean over this process's share of the batch, in nats
+    top1: Tensor  # accuracy on the same share, a fraction
     images: int  # of the whole batch, all processes together
 
 
@@ -44,20 +45,22 @@ def train_epoch(
     """
     train_mode(model)
     for batch in loader:
-        losses = []
         pieces = zip(batch["image"].split(micro_batch_size), batch["label"].split(micro_batch_size), strict=True)
+        done = []
         for images, labels in pieces:
             with accelerator.accumulate(model):
                 logits = model(transform(images))
-                per_image = F.cross_entropy(logits, labels, reduction="none")
-                accelerator.backward(per_image.mean())
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                accelerator.backward(losses.mean())
                 if clip_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            metrics.add(*metrics.reduce(logits, labels, per_image))
-            losses.append(per_image.detach().mean())
-        yield Step(torch.stack(losses).mean(), len(batch["label"]) * accelerator.num_processes)
+            done.append(metrics.reduce(logits, labels, losses))
+        losses, classes, labels = (torch.cat(part) for part in zip(*done, strict=True))
+        metrics.add(losses, classes, labels)
+        top1 = (classes[:, 0] == labels).float().mean()
+        yield Step(losses.mean(), top1, len(labels) * accelerator.num_processes)
 
 
 @torch.inference_mode()

@@ -37,13 +37,8 @@ def make_accelerator(config: Config) -> Accelerator:
         raise UserError("fp16 does nothing on a CPU; use --mixed_precision bf16, or no", USAGE)
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
-        torch.set_num_threads(max(1, data.cores() // local_processes()))
+        torch.set_num_threads(data.cores_per_process())
     return accelerator
-
-
-def local_processes() -> int:
-    """Training processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def environment(accelerator: Accelerator) -> Environment:

@@ -125,7 +125,7 @@ def resnet50_small_stem(pretrained: bool = False, **kwargs) -> ResNet:
 
 
 def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -> tuple[nn.Module, str]:
-    """The configured model with a head for these classes, and a line that says what it starts from.
+    """The configured model with a head for these classes, and a phrase that says what it starts from.
 
     The precedence is weights, pretrained, scratch (a resumed run overwrites all of them with its checkpoint). The
     normalisation that goes with the weights is in the model's `pretrained_cfg` (`mean`, `std`), and from there in the
@@ -161,7 +161,7 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
     cfg |= {"input_size": (3, *size), "num_classes": len(class_names), "label_names": list(class_names)}
     cfg |= {"crop_pct": 1.0, "test_input_size": None, "test_crop_pct": None, "pool_size": None}
     model.pretrained_cfg = model.default_cfg = cfg
-    return model, f"starts from {origin} (precedence: resume, weights, pretrained, scratch)"
+    return model, origin
 
 
 def _architecture_cfg(name: str) -> dict:

@@ -79,7 +79,7 @@ class RunState:
 
     phase: int = 0  # index of the current phase
     phase_epoch: int = 0  # epochs finished in it
-    phase_ended: bool = False  # all its epochs done, or stopped early
+    stopped: bool = False  # early
     epoch: int = 0  # epochs finished in all
     step: int = 0  # optimizer steps in all
     best_top1: float | None = None  # over the whole run, like the weights in best/
@@ -88,15 +88,20 @@ class RunState:
     schedule: dict = field(default_factory=dict)
     early_stopping: dict = field(default_factory=dict)
 
-    def is_best(self, top1: float) -> bool:
-        """Note the just finished epoch's validation top-1; tell whether it beats all before (a tie does not)."""
+    def end_epoch(self, top1: float, seconds: float, schedule: Schedule, stopping: EarlyStopping) -> bool:
+        """Take in a finished epoch's validation top-1; tell whether it is the run's best so far (a tie is not)."""
+        self.epoch += 1
+        self.phase_epoch += 1
+        self.minutes += seconds / 60
+        self.stopped = stopping.step(top1)
+        self.schedule, self.early_stopping = schedule.state_dict(), asdict(stopping)
         if self.best_top1 is not None and top1 <= self.best_top1:
             return False
         self.best_top1, self.best_epoch = top1, self.epoch
         return True
 
     def begin_phase(self, index: int) -> None:
-        self.phase, self.phase_epoch, self.phase_ended = index, 0, False
+        self.phase, self.phase_epoch, self.stopped = index, 0, False
         self.schedule, self.early_stopping = {}, {}
 
     def state_dict(self) -> dict:
