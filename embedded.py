@@ -52,8 +52,8 @@ def _draw(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     # The figure's own coordinates: moved, turned and scaled; 1 is its outer radius.
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
-    dx, dy = x - SIZE / 2 - uniform(-4, 4), y - SIZE / 2 - uniform(-4, 4)
-    turn, radius = uniform(-0.5, 0.5), uniform(10, 14)
+    dx, dy = x - SIZE / 2 - uniform(-3, 3), y - SIZE / 2 - uniform(-3, 3)
+    turn, radius = uniform(-0.4, 0.4), uniform(11, 14)
     u = (dx * np.cos(turn) + dy * np.sin(turn)) / radius
     v = (dy * np.cos(turn) - dx * np.sin(turn)) / radius
 
@@ -96,10 +96,10 @@ def _draw(fine: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     image = _blob(image, x, y, rng, n)
 
     # Lighting and noise.
-    light = uniform(0.7, 1.25, 1)
+    light = uniform(0.75, 1.2, 1)
     shade = 0.01 * rng.standard_normal((2, n, 1, 1), dtype=np.float32)
     light = light + (shade[0] * (x - SIZE / 2) + shade[1] * (y - SIZE / 2))[..., None]
-    noise = rng.standard_normal(image.shape, dtype=np.float32) * uniform(0.02, 0.08, 1)
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * uniform(0.01, 0.06, 1)
     return (np.clip(image * light + noise, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -119,6 +119,6 @@ def _boundary(outline: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _blob(image, x, y, rng, n):
     """Paint one soft disc of a random colour, place and size on each image."""
     centre = rng.uniform(0, SIZE, (2, n, 1, 1)).astype(np.float32)
-    radius = rng.uniform(1.5, 4.5, (n, 1, 1)).astype(np.float32)
+    radius = rng.uniform(1, 3.5, (n, 1, 1)).astype(np.float32)
     cover = np.clip(radius - np.hypot(x - centre[0], y - centre[1]) + 0.5, 0, 1)[..., None]
     return cover * rng.uniform(0, 1, (n, 1, 1, 3)).astype(np.float32) + (1 - cover) * image

@@ -1,0 +1,96 @@
+"""What the tests share: caches of their own, a tiny data set, a tiny run, the real command as a child process."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# Before any library is imported: no test may read, or leave anything in, the caches and accounts of whoever runs it.
+CACHE = tempfile.mkdtemp(prefix="tests-cache-")
+os.environ |= {"HF_HOME": CACHE, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "HF_TOKEN"):
+    os.environ.pop(name, None)
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+
+import data
+from config import Config, DataConfig, check
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps its state in singletons; each test starts with none."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory) -> Path:
+    """400 training and 100 test rows of the embedded data as parquet files laid out like a hub dataset's."""
+    folder = tmp_path_factory.mktemp("parquet")
+    splits = data._embedded(400, streams=False)
+    splits["train"].to_parquet(folder / "train-00000-of-00001.parquet")
+    splits["test"].select(range(80)).to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def image_rows():
+    """Make an image data set of the embedded data's first rows: `image_rows(20)`."""
+
+    def make(count: int) -> Dataset:
+        return data._embedded(max(count, 200), streams=False)["train"].select(range(count))
+
+    return make
+
+
+def phase(**values) -> dict:
+    return {"modules": "all", "epochs": 1, "lr": 1e-3} | values
+
+
+TWO_PHASES = {"head": phase(modules="head"), "finetune": phase(modules=["layer4", "head"])}
+
+
+@pytest.fixture
+def make_config(tmp_path, parquet):
+    """A checked configuration of a tiny run; keywords replace its sections' values: `make_config(data={"fold": 1})`."""
+
+    def make(phases: dict | None = None, **sections) -> Config:
+        tree = {
+            "model": {"name": "test_resnet"},
+            "data": {"source": str(parquet), "batch_size": 32, "workers": 0},
+            "phases": phases or TWO_PHASES,
+            "output_dir": str(tmp_path / "runs"),
+            "run_name": "run",
+            "tracking": "none",
+        }
+        for name, value in sections.items():
+            tree[name] = tree.get(name, {}) | value if isinstance(value, dict) else value
+        return check(tree, "test")
+
+    return make
+
+
+@pytest.fixture
+def tiny_data(parquet) -> data.Data:
+    return data.load(DataConfig(source=str(parquet)))
+
+
+def run_command(*args: str, env: dict | None = None, launcher=(sys.executable,), timeout: float = 120):
+    """Run a command of the project as a user does, from its folder."""
+    return subprocess.run(
+        [*launcher, *args], cwd=ROOT, env=os.environ | (env or {}), capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture
+def command():
+    return run_command

@@ -1,0 +1,138 @@
+import dataclasses
+import time
+
+import pytest
+import yaml
+
+import config
+from config import RECIPES, check, parse
+from errors import UserError
+
+
+def tree(**phase):
+    return {"phases": {"only": {"modules": "all", "epochs": 1, "lr": 0.1} | phase}}
+
+
+def test_without_arguments_it_is_part_3_of_the_report():
+    parsed, resume = parse([])
+    assert resume is None
+    assert (parsed.model.name, parsed.model.pretrained, parsed.data.source) == ("resnet50", True, "uoft-cs/cifar100")
+    head, finetune = parsed.phases["head"], parsed.phases["finetune"]
+    assert (head.modules, head.epochs, head.optimizer, head.lr) == (("head",), 10, "adam", 1e-3)
+    assert (finetune.modules, finetune.epochs, finetune.lr) == (("layer3", "layer4", "head"), 40, 1e-4)
+    assert {p.weight_decay for p in (head, finetune)} == {1e-4}
+    assert {(p.schedule, p.early_stopping) for p in (head, finetune)} == {("plateau", 10)}
+    assert parsed.data.batch_size == 64
+    assert parsed.data.folds == 5
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_names_itself(recipe):
+    parsed, _ = parse(["--config", str(recipe)])
+    assert parsed.recipe == recipe.stem
+
+
+def test_overriding_one_value_of_one_phase_leaves_its_others_alone():
+    before, _ = parse([])
+    after, _ = parse(["--phases.finetune.lr", "1e-5", "--data.streaming", "false", "--data.batch_size", "128"])
+    assert after.phases["finetune"] == dataclasses.replace(before.phases["finetune"], lr=1e-5)
+    assert after.phases["head"] == before.phases["head"]
+    assert after.data == dataclasses.replace(before.data, streaming=False, batch_size=128)
+
+
+def test_config_yaml_is_itself_a_valid_config(tmp_path):
+    first, _ = parse(["--seed", "7", "--phases.head.modules", "layer4,head"])
+    path = tmp_path / "config.yaml"
+    path.write_text(first.to_yaml())
+    second, _ = parse(["--config", str(path)])
+    assert second == first
+    assert second.phases["head"].modules == ("layer4", "head")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--phases.finetun.lr", "1"], "did you mean --phases.finetune.lr?"),
+        (["--data.sorce", "x"], "did you mean --data.source?"),
+        (["--phases.head.optimizer", "adamm"], "phases.head.optimizer: 'adamm' is not known; did you mean adam"),
+        (["--tracking", "wandbb"], "did you mean wandb?"),
+        (["--phases.head.lr", "0"], "phases.head.lr: should be greater than 0"),
+        (["--phases.head.epochs", "1.5"], "phases.head.epochs: should be a valid integer"),
+        (["--data.fold", "5"], "fold is 5, but with 5 folds it goes from 0 to 4"),
+        (["--data.streaming", "perhaps"], "data.streaming: should be a valid boolean"),
+        (["--run_name", "../elsewhere"], "run_name: '../elsewhere' must be a plain name"),
+        (["--config", "recipes/resnet5.yaml"], "did you mean resnet50?"),
+        (["--resume", "nowhere"], "nowhere is not a run folder"),
+        (["--seed"], "--seed: expected one argument"),
+    ],
+)
+def test_mistakes_are_told_with_the_way_on(argv, message):
+    with pytest.raises(UserError) as caught:
+        parse(argv)
+    assert message in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected 'key: value' lines"),
+        ("- a\n- b\n", "expected 'key: value' lines"),
+        ("model: {name: resnet50\nphases:\n", "line 2: not valid YAML"),
+        ("modl: {}\nphases: {a: {modules: all, epochs: 1, lr: 1}}", "there is no modl; did you mean model?"),
+        ("phases: {a: {modules: all, epochs: 1, lr: 1, lrr: 2}}", "there is no phases.a.lrr; did you mean lr?"),
+        ("phases: {a: {modules: all, epochs: 1}}", "phases.a.lr is missing"),
+        ("phases: {}", "phases: "),
+        ("model: {name: x}", "phases is missing"),
+        ("phases: 3", "phases: should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_recipe_is_told_by_file_and_field(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse(["--config", str(path)])
+    assert "recipe.yaml" in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_any_number_of_phases():
+    names = [f"p{i}" for i in range(5)]
+    parsed = check({"phases": {name: tree()["phases"]["only"] for name in names}}, "test")
+    assert list(parsed.phases) == names
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("embedded", "embedded"), ("uoft-cs/cifar100", "hub"), ("mnist", "hub"), ("{parquet}", "parquet"),
+     ("{parquet}/train-*.parquet", "parquet"), ("{images}", "folder")],
+)  # fmt: skip
+def test_the_kind_of_source_is_told_from_its_form(source, kind, parquet, tmp_path):
+    assert config.DataConfig(source=source.format(parquet=parquet, images=tmp_path)).kind == kind
+
+
+@pytest.mark.parametrize("source", ["./nothing", "/no/such/folder", "data/*.parquet", "cifar.parquet"])
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(source):
+    with pytest.raises(UserError, match="there is no file or folder"):
+        _ = config.DataConfig(source=source).kind
+
+
+def test_help_explains_every_option_at_once_and_without_torch(command):
+    command("train.py", "--help")  # warm the disk
+    began = time.perf_counter()
+    result = command("-X", "importtime", "train.py", "--help")
+    seconds = time.perf_counter() - began
+    assert result.returncode == 0
+    assert seconds < 1.5 * 4, "only a grossly slow answer fails here: the machine may be busy"
+    assert " torch" not in result.stderr
+    for option in ("--data.source", "--data.batch_size", "--model.weights", "--phases.finetune.lr", "--run_name"):
+        assert option in result.stdout
+    saved = yaml.safe_load(parse([])[0].to_yaml())
+    assert f"[{saved['phases']['finetune']['lr']}]" in result.stdout
+
+
+def test_help_shows_the_chosen_recipes_own_phases_and_defaults(command):
+    shown = command("train.py", "--config", "recipes/deep_cnn.yaml", "--help").stdout
+    assert "--phases.train.momentum" in shown
+    assert "[0.05]" in shown
+    assert "--phases.finetune.lr FLOAT" not in shown

@@ -1,0 +1,52 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from metrics import Classification, MeanLoss, TopKAccuracy
+
+
+def test_against_a_plain_computation():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(101, 10), torch.randint(10, (101,))
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    metrics = Classification()
+    for rows in torch.arange(101).split(32):
+        metrics.add(*metrics.reduce(logits[rows], labels[rows], losses[rows]))
+    result = metrics.compute()
+    order = logits.argsort(descending=True)
+    assert result["top1"] == pytest.approx((order[:, 0] == labels).float().mean().item())
+    assert result["top5"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).float().mean().item())
+    assert result["loss"] == pytest.approx(losses.mean().item())
+
+
+def test_fewer_than_five_classes():
+    metrics = Classification()
+    logits = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])
+    metrics.add(*metrics.reduce(logits, torch.tensor([2, 2]), torch.tensor([0.5, 1.5])))
+    assert metrics.compute() == {"loss": 1.0, "top1": 0.5, "top5": 1.0}
+
+
+def test_computing_starts_afresh_and_refuses_nothing():
+    metrics = Classification()
+    metrics.add(torch.tensor([1.0]), torch.tensor([[0]]), torch.tensor([0]))
+    metrics.compute()
+    with pytest.raises(ValueError, match="no rows"):
+        metrics.compute()
+
+
+def test_a_model_that_gives_nan_is_not_counted_as_right():
+    metrics = Classification()
+    logits = torch.full((4, 10), float("nan"))
+    labels = torch.tensor([9, 8, 7, 6])
+    metrics.add(*metrics.reduce(logits, labels, torch.full((4,), float("nan"))))
+    result = metrics.compute()
+    assert result["loss"] != result["loss"]
+    assert result["top1"] < 1
+
+
+def test_they_are_metrics_of_the_evaluate_library():
+    assert TopKAccuracy(1, keep_in_memory=True).compute(predictions=[[3], [1]], references=[3, 2]) == {"top1": 0.5}
+    loss = MeanLoss(keep_in_memory=True)
+    loss.add_batch(predictions=[1.0, 2.0], references=[0, 0])
+    loss.add_batch(predictions=[6.0], references=[0])
+    assert loss.compute() == {"loss": 3.0}
