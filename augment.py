@@ -49,7 +49,7 @@ class ReportAugment(Normalize):
     def __init__(self, mean, std, image_size: int | None, size: tuple[int, int]):
         super().__init__(mean, std, image_size)
         self.policy = nn.Sequential(
-            K.RandomCrop(size, padding=(size[0] // 8, size[1] // 8)),
+            K.RandomCrop(size, padding=(size[1] // 8, size[0] // 8)),  # columns, then rows
             K.RandomHorizontalFlip(p=0.5),
             K.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, p=1.0),
             K.RandomRotation(degrees=15.0, p=1.0),
