@@ -184,6 +184,8 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
         )
     # Of several labels (CIFAR-100: fine and coarse) the one with the most classes is what a classifier is judged by.
     label = config.label or max(labels, key=lambda name: features[name].num_classes)
+    if label == (config.image or images[0]):
+        raise UserError(f"data.label: column '{label}' of {config.source} holds images, not classes", USAGE)
     return config.image or images[0], label
 
 

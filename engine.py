@@ -94,11 +94,12 @@ def train_mode(model: nn.Module) -> None:
 def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The bare model, as it was before `prepare` and ready to be prepared afresh; the Accelerator forgets the rest.
 
-    Accelerate puts its autocasting forward on the model itself. Left there it would be wrapped once more in each phase;
-    `unwrap_model(keep_fp32_wrapper=False)` in turn leaves a forward behind that later phases run without autocast.
+    Accelerate puts its autocasting forward on the model itself and marks it as prepared. With the forward gone and the
+    mark left, which is what `unwrap_model(keep_fp32_wrapper=False)` does, the next `prepare` would hand the model
+    back as it is, and the next phase would silently train in fp32.
     """
     model = accelerator.unwrap_model(model)
-    for name in ("forward", "_original_forward"):
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         vars(model).pop(name, None)
     accelerator.free_memory()
     return model

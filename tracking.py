@@ -53,7 +53,7 @@ class Tracking:
                     bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top1:.1%}")
                     if not math.isfinite(loss):
                         raise UserError(
-                            f"the loss became {loss} in {title}, step {number} or shortly before: lower the phase's lr, "
+                            f"the loss became {loss} in {title}, step {number} or just before: lower the phase's lr, "
                             f"or clip gradients (--clip_norm 1). The best weights are in {self.history.parent}/best"
                         )
                 yield step

@@ -109,7 +109,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 images += step.images
                 state.step += 1
             if not images:
-                raise UserError(f"the training split has fewer rows than data.batch_size, {config.data.batch_size}")
+                raise UserError(f"the training split has fewer rows than data.batch_size {config.data.batch_size}")
             trained = metrics.compute(accelerator.gather)
             training_ended = time.perf_counter()
             validated = validate(accelerator, model, val_loader, transform)
@@ -173,8 +173,8 @@ def describe_phase(accelerator: Accelerator, config: Config, name: str, model, t
     trained, total = sum(parameters[key].numel() for key in trained_names), sum(p.numel() for p in parameters.values())
     return (
         f"phase {name}: trains {', '.join(phase.modules)} ({trained:,} of {total:,} parameters) for up to "
-        f"{phase.epochs} epochs; {phase.optimizer}, lr {phase.lr:g} {phase.schedule}; {config.data.batch_size} images a "
-        f"step on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+        f"{phase.epochs} epochs; {phase.optimizer}, lr {phase.lr:g} {phase.schedule}; {config.data.batch_size} images "
+        f"a step on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
     )
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 
 # Before any library is imported: no test may read, or leave anything in, the caches and accounts of whoever runs it.
 CACHE = tempfile.mkdtemp(prefix="tests-cache-")
-os.environ |= {"HF_HOME": CACHE, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {
+    "HF_HOME": CACHE,
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "HF_TOKEN"):
     os.environ.pop(name, None)
 

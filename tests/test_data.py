@@ -1,0 +1,245 @@
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+import data
+from config import DataConfig
+from errors import UserError
+
+
+def load(source, **values):
+    return data.load(DataConfig(source=str(source), **({"workers": 0} | values)))
+
+
+def encode(image: PILImage.Image, format="PNG") -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def parquet_of(folder, images, labels=None, features=None, **columns):
+    labels = labels if labels is not None else [i % 2 for i in range(len(images))]
+    features = features or Features(image=Image(), label=ClassLabel(names=["a", "b"]))
+    rows = Dataset.from_dict({"image": images, "label": labels} | columns, features=features)
+    for split in ("train", "test"):
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def noise(count, size=(16, 16), seed=0):
+    rng = np.random.default_rng(seed)
+    return [PILImage.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def encoded(dataset, column):
+    return sorted(row[column]["bytes"] for row in dataset)
+
+
+# ---- sources and columns ----------------------------------------------------------------------------------------
+
+
+def test_embedded_has_two_labels_and_the_finer_one_is_taken():
+    source = load("embedded", embedded_rows=200)
+    assert (source.image, source.label, len(source.class_names), source.size) == ("img", "fine_label", 100, (32, 32))
+    assert len(load("embedded", embedded_rows=200, label="coarse_label").class_names) == 20
+    assert len(source.train) + len(source.validation) == 200
+    assert len(source.test) == 40
+
+
+def test_a_folder_and_a_glob_of_parquet_are_the_same(parquet):
+    folder, pattern = load(parquet), load(f"{parquet}/*.parquet")
+    assert encoded(folder.train, "img") == encoded(pattern.train, "img")
+    assert len(folder.train) + len(folder.validation) == 400
+    assert len(folder.test) == 80
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_images_one_subfolder_a_class(tmp_path, streaming):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i, image in enumerate(noise(12, seed=hash((split, name)) % 1000)):
+                image.save(tmp_path / split / name / f"{i}.png")
+    config = DataConfig(source=str(tmp_path), streaming=streaming, workers=0)
+    source = data.load(config)
+    assert source.class_names == ["cat", "dog"]
+    batch = next(iter(data.loader(source, "test", config, 24, seed=0)))
+    assert batch["image"].shape == (24, 3, 16, 16)
+    assert batch["label"].sum() == 12
+
+
+def test_class_folders_alone_have_no_test_split_and_say_the_way_on(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(noise(12, seed=len(name) + ord(name[0]))):
+            image.save(tmp_path / name / f"{i}.png")
+    with pytest.raises(UserError, match="has no split 'test'; it has train: name one of them, or null"):
+        load(tmp_path)
+    source = load(tmp_path, test_split=None)
+    assert source.test is None
+    assert len(source.train) + len(source.validation) == 24
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image": "picture"}, "data.image: there is no column 'picture'; .* has img, fine_label, coarse_label"),
+        ({"label": "kind"}, "data.label: there is no column 'kind'"),
+        ({"train_split": "training"}, "data.train_split: .* has no split 'training'; it has test, train"),
+        ({"label": "img"}, "data.label: column 'img' .* holds images, not classes"),
+    ],
+)
+def test_columns_and_splits_that_are_not_there(parquet, values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(parquet, **values)
+    assert caught.value.exit_code == 2
+
+
+def test_several_or_no_image_columns_must_be_named(tmp_path):
+    (tmp_path / "two").mkdir(), (tmp_path / "none").mkdir()
+    images = [encode(image) for image in noise(10)]
+    features = Features(image=Image(), label=ClassLabel(names=["a", "b"]), depth=Image())
+    parquet_of(tmp_path / "two", images, features=features, depth=images)
+    with pytest.raises(UserError, match=r"2 image columns \(image, depth\): name it with data.image"):
+        load(tmp_path / "two")
+    assert load(tmp_path / "two", image="depth").image == "depth"
+    Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "none" / "train.parquet")
+    with pytest.raises(UserError, match="no image column"):
+        load(tmp_path / "none", test_split=None)
+
+
+def test_parquet_made_elsewhere_with_plain_bytes_and_whole_numbers(tmp_path):
+    images = [encode(image) for image in noise(30)]
+    features = Features(image={"bytes": Value("binary"), "path": Value("string")}, label=Value("int64"))
+    parquet_of(tmp_path, images, labels=[i % 3 for i in range(30)], features=features)
+    source = load(tmp_path, image="image", label="label")
+    assert source.class_names == ["0", "1", "2"]
+    parquet_of(tmp_path, images, labels=[-1] * 30, features=features)
+    with pytest.raises(UserError, match="holds -1; classes count from 0"):
+        load(tmp_path, image="image", label="label")
+
+
+def test_an_empty_split_is_an_error(tmp_path):
+    parquet_of(tmp_path, [])
+    with pytest.raises(UserError, match=f"{tmp_path} can't be loaded: .* corresponds to no data"):
+        load(tmp_path)
+
+
+def test_a_broken_parquet_file_is_named(tmp_path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 this is not one")
+    with pytest.raises(UserError, match=f"data.source: {tmp_path} can't be loaded"):
+        load(tmp_path)
+
+
+# ---- the validation split ---------------------------------------------------------------------------------------
+
+
+def test_the_split_is_the_same_rows_streamed_or_not_and_in_any_order(parquet, tmp_path):
+    plain, streamed = load(parquet), load(parquet, streaming=True)
+    for split in ("train", "validation"):
+        assert encoded(getattr(plain, split), "img") == encoded(getattr(streamed, split), "img")
+    rows = datasets.load_dataset("parquet", data_files=str(parquet / "train-*.parquet"))["train"].shuffle(seed=1)
+    for shard in range(4):
+        rows.shard(4, shard).to_parquet(tmp_path / f"train-{shard:05d}-of-00004.parquet")
+    for streaming in (False, True):
+        sharded = load(tmp_path, streaming=streaming, test_split=None)
+        assert encoded(sharded.validation, "img") == encoded(plain.validation, "img")
+
+
+def test_the_folds_part_the_rows(parquet):
+    everything = encoded(datasets.load_dataset("parquet", data_files=str(parquet / "train-*"))["train"].cast_column(
+        "img", Image(decode=False)), "img")  # fmt: skip
+    folds = [load(parquet, fold=fold, folds=4) for fold in range(4)]
+    assert sorted(row for fold in folds for row in encoded(fold.validation, "img")) == everything
+    for fold in folds:
+        assert sorted(encoded(fold.validation, "img") + encoded(fold.train, "img")) == everything
+        assert 60 < len(fold.validation) < 140
+
+
+def test_a_fifth_is_validation_by_default():
+    source = load("embedded", embedded_rows=4000)
+    assert len(source.validation) / 4000 == pytest.approx(0.2, abs=0.02)
+
+
+def test_copies_of_an_image_fall_on_one_side(tmp_path):
+    images = [encode(image) for image in noise(40)]
+    parquet_of(tmp_path, images * 3, labels=[0] * 120)
+    source = load(tmp_path)
+    train, validation = (set(encoded(rows, "image")) for rows in (source.train, source.validation))
+    assert train.isdisjoint(validation)
+    assert train | validation == {image["bytes"] for image in images}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_validation_row_comes_exactly_once(parquet, streaming, workers):
+    config = DataConfig(source=str(parquet), streaming=streaming, workers=workers)
+    source = data.load(config)
+    batches = list(data.loader(source, "validation", config, 32, seed=0))
+    labels = sorted(torch.cat([batch["label"] for batch in batches]).tolist())
+    assert labels == sorted(row["fine_label"] for row in source.validation)
+
+
+# ---- decoding and batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_every_mode_becomes_rgb(mode):
+    red = PILImage.new("RGB", (8, 8), (250, 10, 10)).convert(mode, palette=PILImage.Palette.ADAPTIVE)
+    image = data.decode(encode(red, "TIFF" if mode in ("CMYK", "LA") else "PNG"))
+    assert image.mode == "RGB"
+    if mode in ("P", "RGBA", "CMYK"):
+        assert np.abs(np.asarray(image)[0, 0].astype(int) - (250, 10, 10)).max() < 8
+
+
+def test_a_corrupt_image_is_told_through_a_worker_too(tmp_path):
+    images = [encode(image) for image in noise(20)]
+    images[7]["bytes"] = images[7]["bytes"][:100]
+    parquet_of(tmp_path, images)
+    config = DataConfig(source=str(tmp_path), workers=1)
+    source = data.load(config)
+    with pytest.raises(UserError, match="an image of 100 bytes can't be decoded"):
+        for split in ("train", "validation"):
+            list(data.loader(source, split, config, 2, seed=0))
+
+
+def test_batches_are_uint8_of_the_stored_pixels(tiny_data):
+    collate = data.Collate("img", "fine_label", (32, 32), None)
+    rows = [tiny_data.train[i] for i in range(3)]
+    batch = collate(rows)
+    assert batch["image"].dtype == torch.uint8
+    assert batch["label"].dtype == torch.int64
+    first = np.asarray(PILImage.open(io.BytesIO(rows[0]["img"]["bytes"])))
+    assert np.array_equal(batch["image"][0].permute(1, 2, 0).numpy(), first)
+
+
+def mixed_rows():
+    return [{"image": encode(noise(1, size)[0]), "label": 0} for size in ((16, 16), (40, 20))]
+
+
+def test_images_of_mixed_sizes_need_image_size():
+    with pytest.raises(UserError, match=r"16x16 and 40x20 pixels\): set the size .* --data.image_size"):
+        data.Collate("image", "label", (16, 16), None)(mixed_rows())
+    assert data.Collate("image", "label", (16, 16), 24)(mixed_rows())["image"].shape == (2, 3, 24, 24)
+
+
+def test_small_images_are_left_to_the_device_to_enlarge_and_large_ones_shrink_in_the_worker():
+    small, large = mixed_rows()
+    assert data.Collate("image", "label", (16, 16), 64)([small])["image"].shape == (1, 3, 16, 16)
+    assert data.Collate("image", "label", (20, 40), 8)([large])["image"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_rows_are_shuffled_and_the_incomplete_batch_is_dropped(parquet, streaming):
+    config = DataConfig(source=str(parquet), streaming=streaming, workers=0)
+    source = data.load(config)
+    rows = [row["fine_label"] for row in source.train]
+    loader = data.loader(source, "train", config, 32, seed=0)
+    seen = torch.cat([batch["label"] for batch in loader]).tolist()
+    assert len(seen) == len(rows) // 32 * 32
+    assert seen != rows[: len(seen)]

@@ -1,0 +1,194 @@
+import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from torch.utils.data import DataLoader
+
+import models
+from config import ModelConfig, PhaseConfig
+from engine import train_epoch, train_mode, unwrap, validate
+from metrics import Classification
+from phases import make_optimizer
+
+IMAGES = torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+ROWS = [{"image": image, "label": torch.tensor(i % 4)} for i, image in enumerate(IMAGES)]
+
+
+def make_model(name="test_resnet"):
+    torch.manual_seed(0)
+    return models.create(ModelConfig(name=name), list("abcd"), (32, 32))[0]
+
+
+def accelerator_of(steps=1, **kwargs):
+    plugin = GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False)
+    return Accelerator(cpu=True, gradient_accumulation_plugin=plugin, **kwargs)
+
+
+def train_one_phase(model, accelerator, modules, micro=32, batch=32, clip=None, lr=0.05, optimizer="sgd"):
+    """One epoch as train.py does it; returns the bare model, the prepared one's optimizer and the metrics."""
+    models.freeze_all_but(model, modules)
+    phase = PhaseConfig(modules=modules, epochs=1, lr=lr, optimizer=optimizer)
+    prepared, optimizer, loader = accelerator.prepare(
+        model, make_optimizer(phase, model), DataLoader(ROWS, batch_size=batch, drop_last=True)
+    )
+    metrics = Classification()
+    steps = list(train_epoch(accelerator, prepared, loader, nn.Identity(), optimizer, metrics, micro, clip))
+    return prepared, optimizer, metrics, steps
+
+
+def state_bytes(model, prefix):
+    return {k: v.clone() for k, v in model.state_dict().items() if k.startswith(prefix)}
+
+
+def changed(before, model):
+    after = model.state_dict()
+    return {key for key, value in before.items() if not torch.equal(value, after[key])}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "deep_cnn"])
+def test_frozen_is_frozen_byte_for_byte_batch_norm_statistics_included(name):
+    model = make_model(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train_one_phase(model, accelerator_of(), ("head",))
+    head = tuple(models.head_names(model))
+    assert changed(before, model) == {key for key in before if key.startswith(head)}
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [("test_resnet", ("layer3", "layer4", "head")), ("test_vit", ("blocks.5", "norm", "head")),
+     ("test_convnext", ("stages.3", "head"))],
+)  # fmt: skip
+def test_a_phase_change_trains_exactly_the_named_modules(name, modules):
+    accelerator, model = accelerator_of(), make_model(name)
+    prepared, *_ = train_one_phase(model, accelerator, ("head",))
+    model = unwrap(accelerator, prepared)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    _, optimizer, _, _ = train_one_phase(model, accelerator, modules)
+    prefixes = [p for m in modules for p in (models.head_names(model) if m == "head" else [m])]
+    expected = {key for key in before if any(key == p or key.startswith(f"{p}.") for p in prefixes)}
+    moved = changed(before, model)
+    assert moved <= expected
+    assert all(any(key.startswith(prefix) for key in moved) for prefix in prefixes)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert {name for name, parameter in model.named_parameters() if id(parameter) in trained} == expected & set(
+        dict(model.named_parameters())
+    )
+
+
+def test_the_batch_norms_of_frozen_layers_would_drift_without_train_mode():
+    """The fault that the test above guards against is real: plain model.train() changes frozen statistics."""
+    model = make_model()
+    models.freeze_all_but(model, ("head",))
+    before = state_bytes(model, "layer1")
+    model.train()
+    model(IMAGES[:8])
+    assert any("running_mean" in key for key in changed(before, model))
+
+
+def test_train_mode_leaves_what_trains_in_training_mode():
+    model = make_model()
+    models.freeze_all_but(model, ("layer4", "head"))
+    train_mode(model)
+    assert model.training
+    assert all(module.training for module in model.layer4.modules())
+    assert not any(module.training for module in model.layer3.modules())
+
+
+def test_frozen_dropout_is_off_and_trained_dropout_on():
+    model = make_model("simple_cnn")
+    train_mode(model)
+    assert model.hidden[3].training
+    models.freeze_all_but(model, ("head",))
+    train_mode(model)
+    assert not model.hidden[3].training
+
+
+@pytest.mark.parametrize("micro", [8, 16])
+def test_accumulation_gives_the_same_step(micro):
+    """Batch norm looks at the piece, not the batch, so the trained part here has none."""
+    results = []
+    for pieces in (32, micro):
+        model = make_model("simple_cnn").double()
+        model.hidden[3].p = 0.0
+        accelerator = accelerator_of(steps=32 // pieces)
+        models.freeze_all_but(model, ("all",))
+        phase = PhaseConfig(modules="all", epochs=1, lr=0.05, optimizer="sgd")
+        prepared, optimizer, loader = accelerator.prepare(
+            model, make_optimizer(phase, model), DataLoader(ROWS, batch_size=32)
+        )
+        metrics = Classification()
+        steps = list(train_epoch(accelerator, prepared, loader, lambda x: x.double(), optimizer, metrics, pieces, 1.0))
+        assert len(steps) == 3
+        assert [step.images for step in steps] == [32, 32, 32]
+        results.append(([step.loss.item() for step in steps], model.fc.weight.detach().clone(), metrics.compute()))
+        accelerator.free_memory()
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)
+    assert results[0][2] == pytest.approx(results[1][2])
+
+
+def test_clipping_limits_the_gradient():
+    moves = []
+    for clip in (None, 1e-3):
+        model = make_model()
+        start = model.fc.weight.detach().clone()
+        train_one_phase(model, accelerator_of(), ("head",), batch=96, micro=96, clip=clip, lr=1.0)
+        moves.append((model.fc.weight - start).norm().item())
+    assert moves[1] <= 1.001e-3 < moves[0]
+
+
+def test_it_learns():
+    model, accelerator = make_model("simple_cnn"), accelerator_of()
+    models.freeze_all_but(model, ("all",))
+    phase = PhaseConfig(modules="all", epochs=1, lr=1e-3)
+    prepared, optimizer, loader = accelerator.prepare(
+        model, make_optimizer(phase, model), DataLoader(ROWS, batch_size=32)
+    )
+    top1 = []
+    for _ in range(25):
+        metrics = Classification()
+        list(train_epoch(accelerator, prepared, loader, nn.Identity(), optimizer, metrics, 32))
+        top1.append(metrics.compute()["top1"])
+    assert top1[-1] > 0.9 > top1[0]
+
+
+def test_training_figures_cover_every_row_trained_on():
+    _, _, metrics, steps = train_one_phase(make_model(), accelerator_of(), ("head",))
+    rows = sum(len(part[0]) for part in metrics.rows)
+    assert rows == sum(step.images for step in steps) == 96
+    result = metrics.compute()
+    assert set(result) == {"loss", "top1", "top5"}
+    assert result["loss"] == pytest.approx(sum(step.loss.item() for step in steps) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [10, 32, 96])
+def test_validation_counts_every_row_once_and_changes_nothing(batch):
+    model, accelerator = make_model(), accelerator_of()
+    before = copy.deepcopy(model.state_dict())
+    prepared, loader = accelerator.prepare(model, DataLoader(ROWS[:53], batch_size=batch))
+    result = validate(accelerator, prepared, loader, nn.Identity())
+    with torch.no_grad():
+        logits = model.eval()(IMAGES[:53])
+    labels = torch.arange(53) % 4
+    assert result["top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert result["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert not changed(before, model)
+
+
+def test_mixed_precision_holds_in_the_second_phase_too():
+    """unwrap_model(keep_fp32_wrapper=False) and prepare again would silently train phase 2 in fp32."""
+    accelerator, model = accelerator_of(mixed_precision="bf16"), make_model()
+    seen = []
+    for modules in (("head",), ("layer4", "head")):
+        seen.clear()
+        hook = model.layer4.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        prepared, *_ = train_one_phase(model, accelerator, modules)
+        assert set(seen) == {torch.bfloat16}
+        hook.remove()
+        model = unwrap(accelerator, prepared)
+        assert "forward" not in vars(model), "wrapped once per phase, not once more in each"
+    assert model(IMAGES[:2]).dtype == torch.float32
