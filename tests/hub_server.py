@@ -1,0 +1,137 @@
+"""A small server that speaks as much of the hub's HTTP as `datasets` and `timm` use to read a repository.
+
+It serves folders: `HubServer({"datasets/uoft-cs/cifar100": folder, "models/timm/resnet50.a1_in1k": folder})`. Only what
+the clients ask for is here: repository info, tree, paths-info, and files by revision with ETag and byte ranges.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubServer:
+    """Serves repositories on a free loopback port; `requests` lists (method, path) of all that was asked."""
+
+    def __init__(self, repositories: dict[str, Path]):
+        self.repositories = repositories
+        self.requests: list[tuple[str, str]] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def files(self, repository: str) -> dict[str, Path]:
+        folder = self.repositories[repository]
+        return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _entry(name: str, path: Path) -> dict:
+    oid = hashlib.sha1(path.read_bytes()).hexdigest()
+    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
+
+
+def _handler_for(hub: HubServer):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self._answer()
+
+        def do_GET(self):
+            self._answer()
+
+        def do_POST(self):
+            self._answer()
+
+        def _answer(self):
+            hub.requests.append((self.command, self.path))
+            url = urlparse(self.path)
+            path, query = unquote(url.path), parse_qs(url.query)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(/.*)?", path):
+                self._api(f"{match[1]}/{match[2]}", match[3] or "", query, body)
+            elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+                self._file(f"{'datasets' if match[1] else 'models'}/{match[2]}", match[3])
+            else:
+                self._send(200 if path == "/" else 404, b"")
+
+        def _api(self, repository, rest, query, body):
+            if repository not in hub.repositories:
+                return self._send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+            files = hub.files(repository)
+            if rest.startswith("/paths-info/"):
+                fields = json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
+                wanted = fields.get("paths", [])
+                wanted = [wanted] if isinstance(wanted, str) else wanted
+                found = [_entry(name, files[name]) for name in wanted if name in files]
+                found += [
+                    {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+                    for name in wanted
+                    if name not in files and any(file.startswith(f"{name}/") for file in files)
+                ]
+                return self._json(found)
+            if rest.startswith("/tree/"):
+                below = "/".join(rest.split("/")[3:])
+                inside = {n: p for n, p in files.items() if n.startswith(f"{below}/" if below else "")}
+                if not inside and below:
+                    return self._send(404, b'{"error": "no such folder"}', {"X-Error-Code": "EntryNotFound"})
+                if query.get("recursive", ["false"])[0].lower() in ("true", "1"):
+                    return self._json([_entry(name, path) for name, path in inside.items()])
+                depth = len(below.split("/")) if below else 0
+                folders = {"/".join(n.split("/")[: depth + 1]) for n in inside if n.count("/") > depth}
+                entries = [{"type": "directory", "path": name, "oid": "0" * 40, "size": 0} for name in sorted(folders)]
+                return self._json(entries + [_entry(n, p) for n, p in inside.items() if n.count("/") == depth])
+            name = repository.partition("/")[2]
+            siblings = [{"rfilename": file} for file in files]
+            info = {"id": name, "_id": "0", "sha": COMMIT, "private": False, "gated": False, "disabled": False}
+            info |= {
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+                "siblings": siblings,
+                "lastModified": "2026-01-01T00:00:00.000Z",
+            }
+            return self._json(info)
+
+        def _file(self, repository, name):
+            path = hub.files(repository).get(name) if repository in hub.repositories else None
+            headers = {"X-Repo-Commit": COMMIT}
+            if path is None:
+                missing = "EntryNotFound" if repository in hub.repositories else "RepoNotFound"
+                return self._send(404, b"", headers | {"X-Error-Code": missing})
+            content, status = path.read_bytes(), 200
+            headers |= {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+            if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+                content, status = content[first : last + 1], 206
+            self._send(status, content, headers)
+
+        def _json(self, value):
+            self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", "X-Repo-Commit": COMMIT})
+
+        def _send(self, status, content, headers=None):
+            self.send_response(status)
+            for key, value in (headers or {}).items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+    return Handler

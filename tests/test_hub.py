@@ -1,0 +1,143 @@
+"""The hub's path end to end, against a server on loopback; and what happens when there is no hub."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+import timm
+import torch
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+
+import data
+import hub
+from config import RECIPES, parse
+
+README = """---
+configs:
+- config_name: cifar100
+  data_files:
+  - split: train
+    path: cifar100/train-*
+  - split: test
+    path: cifar100/test-*
+  default: true
+---
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A hub with a data set repository laid out as uoft-cs/cifar100 and timm's repository of `test_resnet`."""
+    root = tmp_path_factory.mktemp("hub")
+    dataset, model = root / "dataset", root / "model"
+    (dataset / "cifar100").mkdir(parents=True), model.mkdir()
+    (dataset / "README.md").write_text(README)
+    splits = data._embedded(400, streams=False)
+    for split in ("train", "test"):
+        splits[split].to_parquet(dataset / "cifar100" / f"{split}-00000-of-00001.parquet")
+    torch.manual_seed(3)
+    source = timm.create_model("test_resnet", num_classes=1000)
+    save_file(source.state_dict(), model / "model.safetensors")
+    cfg = {"architecture": "test_resnet", "num_classes": 1000, "pretrained_cfg": dict(source.pretrained_cfg)}
+    (model / "config.json").write_text(json.dumps(cfg))
+    with HubServer(
+        {"datasets/uoft-cs/cifar100": dataset, f"models/{source.pretrained_cfg['hf_hub_id']}": model}
+    ) as hub:
+        yield hub
+
+
+OPTIONS = ("--model.name", "test_resnet", "--phases.head.epochs", "1", "--phases.finetune.epochs", "1",
+           "--data.workers", "1", "--tracking", "none")  # fmt: skip
+
+
+def train(command, server_url, home, output, *more):
+    env = {"HF_ENDPOINT": server_url, "HF_HOME": str(home)}
+    return command("train.py", *OPTIONS, "--output_dir", str(output), "--run_name", "run", *more, env=env)
+
+
+def test_part_3_runs_from_the_hub_streamed(server, command, tmp_path):
+    result = train(command, server.url, tmp_path / "home", tmp_path / "runs")
+    assert result.returncode == 0, result.stderr
+    assert "timm's pretrained test_resnet" in result.stdout
+    assert "streamed" in result.stdout
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert 0 <= summary["test_top1"] <= 1
+    # The frozen stem still is what the hub served, and the normalisation is that of these weights.
+    served = load_file(next(iter(server.repositories.values())).parent / "model" / "model.safetensors")
+    best = load_file(tmp_path / "runs" / "run" / "best" / "model.safetensors")
+    assert torch.equal(best["conv1.0.weight"], served["conv1.0.weight"])
+    saved = json.loads((tmp_path / "runs" / "run" / "best" / "config.json").read_text())
+    assert tuple(saved["pretrained_cfg"]["mean"]) == timm.get_pretrained_cfg("test_resnet").mean
+
+
+def test_it_runs_downloaded_first_and_then_from_the_cache_without_a_hub(server, command, tmp_path):
+    home = tmp_path / "home"
+    online = train(command, server.url, home, tmp_path / "online", "--data.streaming", "false")
+    assert online.returncode == 0, online.stderr
+    assert "training and" in online.stdout, "memory-mapped rows can be counted"
+    offline = train(command, closed_port(), home, tmp_path / "offline")
+    assert offline.returncode == 0, offline.stderr
+    assert "can't be reached: using only what is in this machine's cache" in offline.stderr
+    assert "streamed" in offline.stdout
+    rows = [
+        json.loads((tmp_path / f / "run" / "history.jsonl").read_text().splitlines()[0]) for f in ("online", "offline")
+    ]
+    assert rows[0]["step"] == rows[1]["step"]
+
+
+def closed_port() -> str:
+    """A loopback address where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [((), "the dataset uoft-cs/cifar100"), (("--data.source", "embedded"), "timm's pretrained test_resnet")],
+)
+def test_without_hub_or_cache_one_clear_error_comes_soon(command, tmp_path, more, wanted):
+    began = time.monotonic()
+    result = train(command, closed_port(), tmp_path / "home", tmp_path / "runs", *more)
+    seconds = time.monotonic() - began
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: the hub (http://127.0.0.1:")
+    for part in (wanted, "--data.source", "--model.weights", "make demo"):
+        assert part in error
+    assert seconds < 60, "15 seconds on a machine that does nothing else; this bound is for a busy one"
+    assert not (tmp_path / "runs").exists(), "and nothing is left behind"
+
+
+def test_a_hub_that_accepts_but_never_answers_is_given_up_soon(monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub, "PATIENCE", 0.5)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("RANK", "1")
+        hub.check(parse([])[0])
+        assert hub.offline()
+        os.environ.pop("HF_HUB_OFFLINE")
+
+
+def test_the_hub_is_not_asked_when_nothing_is_wanted_from_it(monkeypatch, server):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    before = len(server.requests)
+    hub.check(parse(["--config", str(RECIPES / "demo_pretrain.yaml")])[0])
+    assert len(server.requests) == before
+    hub.check(parse([])[0])
+    assert server.requests[before:] == [("HEAD", "/")]
+    assert not hub.offline()
+
+
+def test_a_dataset_that_the_hub_lacks_is_named(server, command, tmp_path):
+    result = train(command, server.url, tmp_path / "home", tmp_path / "runs", "--data.source", "nobody/nothing")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "error: data.source: nobody/nothing can't be loaded" in result.stderr

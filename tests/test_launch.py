@@ -1,0 +1,118 @@
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from conftest import ROOT
+
+import data
+import launch
+import models
+from config import DataConfig, ModelConfig
+from engine import validate
+from errors import UserError
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+            "--master_port", "0")  # fmt: skip
+TWO_PROCESSES = {
+    "ACCELERATE_USE_CPU": "true",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def test_two_processes_measure_and_train_as_one(command, parquet):
+    result = command("tests/distributed.py", str(parquet), launcher=TORCHRUN, env=TWO_PROCESSES)
+    assert result.returncode == 0, result.stderr[-3000:]
+    measured = json.loads(result.stdout.splitlines()[-1])
+
+    config = DataConfig(source=str(parquet), workers=0)
+    source = data.load(config)
+    assert len(source.validation) % 14, "the rows must not divide into batches, or this proves nothing"
+    accelerator = Accelerator(cpu=True)
+    for kind in ("mapped", "streamed"):
+        set_seed(0)
+        model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
+        if kind == "streamed":  # the script makes its second model after the first, without seeding again
+            model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
+        rows = data.loader(source, "validation", config, 7, seed=0)
+        alone = validate(accelerator, model, rows, lambda images: images.float() / 255)
+        assert measured[f"validate_{kind}"] == pytest.approx(alone, rel=1e-5), kind
+    assert measured["head"] == measured["layer3"] == len(source.train) // 32 * 32
+
+
+def test_train_py_runs_on_two_processes(command, parquet, tmp_path):
+    result = command(
+        "train.py", "--config", "recipes/demo_finetune.yaml", "--data.source", str(parquet),
+        "--output_dir", str(tmp_path), "--run_name", "run", "--data.workers", "0", "--phases.head.epochs", "1", "--phases.finetune.epochs", "1",
+        launcher=TORCHRUN, env=TWO_PROCESSES,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("phase finetune") == 1, "one process speaks"
+    history = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in history] == [1, 2]
+    environment = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["environment"]
+    assert environment["processes"] == 2
+
+
+def test_two_jobs_that_believe_to_be_alone_are_refused(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes were launched, but each of them believes to be alone.*torchrun"):
+        launch.make_accelerator(make_config())
+
+
+def test_fp16_on_a_cpu_is_refused(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match="use --mixed_precision bf16"):
+        launch.make_accelerator(make_config())
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "threads"), [("1", 1, "all"), (None, 1, "all"), ("1", 2, "half"), ("3", 1, 7)]
+)
+def test_threads_are_all_cores_unless_the_user_says_otherwise(make_config, monkeypatch, given, processes, threads):
+    """accelerate launch sets OMP_NUM_THREADS to 1 where the user did not."""
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        launch.make_accelerator(make_config())
+        assert torch.get_num_threads() == {"all": 8, "half": 4}.get(threads, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [({"batch_size": 64}, (64, 64)), ({"batch_size": 64, "micro_batch_size": 16}, (64, 16))],
+)
+def test_the_batch_is_shared_out(make_config, values, share):
+    accelerator = Accelerator(cpu=True)
+    assert launch.share_of_batch(make_config(data=values), accelerator) == share
+    assert accelerator.gradient_accumulation_steps == share[0] // share[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 50, "micro_batch_size": 16}, "nearest: 48 or 64"),
+        ({"batch_size": 8, "micro_batch_size": 16}, "16 on 1 process.* is more than data.batch_size 8"),
+    ],
+)
+def test_a_batch_that_can_not_be_shared_names_the_nearest(make_config, values, message):
+    with pytest.raises(UserError, match=message):
+        launch.share_of_batch(make_config(data=values), Accelerator(cpu=True))
+
+
+def test_the_shipped_accelerate_config_is_one_process_anywhere():
+    shipped = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())
+    assert (shipped["num_processes"], shipped["distributed_type"], shipped["mixed_precision"]) == (1, "NO", "no")
+    assert shipped["use_cpu"] is False

@@ -1,0 +1,298 @@
+"""Whole runs through train.train, on a tiny model, and the command as a user types it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from conftest import phase
+from safetensors.torch import load_file
+
+import train
+from errors import UserError
+from phases import RunState
+
+ROW = {"phase", "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5", "seconds",
+       "images_per_second"}  # fmt: skip
+TIMINGS = ("seconds", "images_per_second")
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def untimed(run):
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in history(run)]
+
+
+def test_a_run_leaves_behind_what_it_promises(make_config, capsys):
+    run = train.train(make_config())
+    assert sorted(path.name for path in run.iterdir()) == [
+        "best", "checkpoints", "config.yaml", "history.jsonl", "summary.json"]  # fmt: skip
+    rows = history(run)
+    assert [(row["phase"], row["epoch"]) for row in rows] == [("head", 1), ("finetune", 2)]
+    for row in rows:
+        assert set(row) >= ROW
+        assert all(0 <= row[key] <= 1 for key in row if "top" in key)
+        assert row["images_per_second"] > 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) >= {
+        "best_epoch",
+        "best_val_top1",
+        "test_top1",
+        "test_top5",
+        "test_loss",
+        "minutes",
+        "parameters",
+    }
+    assert summary["best_val_top1"] == max(row["val_top1"] for row in rows)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["environment"]["mixed_precision"] == "no"
+    out = capsys.readouterr().out
+    assert "phase head: trains head (" in out
+    assert out.count("epoch   ") == 2
+
+
+def test_any_number_of_phases_goes_on_from_the_last_weights(make_config, monkeypatch):
+    """Each phase starts from where the one before ended: its last weights, not its best."""
+    seen = []
+    original = train.make_optimizer
+
+    def spy(phase, model):
+        seen.append({key: value.clone() for key, value in model.state_dict().items()})
+        return original(phase, model)
+
+    ends = []
+    original_unwrap = train.unwrap
+
+    def spy_unwrap(accelerator, model):
+        model = original_unwrap(accelerator, model)
+        ends.append({key: value.clone() for key, value in model.state_dict().items()})
+        return model
+
+    monkeypatch.setattr(train, "make_optimizer", spy)
+    monkeypatch.setattr(train, "unwrap", spy_unwrap)
+    phases = {name: phase(modules=modules) for name, modules in (("a", "head"), ("b", "all"), ("c", "layer4"))}
+    run = train.train(make_config(phases))
+    assert [row["phase"] for row in history(run)] == ["a", "b", "c"]
+    for end, start in zip(ends, seen[1:], strict=False):
+        assert all(torch.equal(end[key], start[key]) for key in end)
+
+
+def test_early_stopping_ends_the_phase_and_the_next_begins(make_config, monkeypatch, capsys):
+    figures = iter([0.5, 0.5, 0.4, 0.1, 0.2, 0.2, 0.2, 0.0])
+
+    def scripted(*_):
+        return {"loss": 1.0, "top1": next(figures), "top5": 1.0}
+
+    monkeypatch.setattr(train, "validate", scripted)
+    phases = {"head": phase(modules="head", epochs=9, early_stopping=2), "finetune": phase(epochs=9, early_stopping=2)}
+    run = train.train(make_config(phases))
+    assert [row["phase"] for row in history(run)] == ["head"] * 3 + ["finetune"] * 4
+    assert json.loads((run / "summary.json").read_text())["best_epoch"] == 1, "the best weights span the run"
+    assert "phase head ended early: 2 epochs without gain" in capsys.readouterr().out
+
+
+def test_plateau_lowers_the_rate_in_a_real_run(make_config, monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda *_: {"loss": 1.0, "top1": 0.5, "top5": 1.0})
+    run = train.train(make_config({"only": phase(modules="head", epochs=9, lr=1.0, schedule="plateau")}))
+    assert [row["lr"] for row in history(run)] == [1.0] * 7 + [pytest.approx(0.1)] * 2
+
+
+def test_the_best_weights_are_those_that_are_tested(make_config, monkeypatch):
+    """Epoch 1 is made the best: the test figures must be of its weights, and so must the logits of best/ in timm."""
+    real, figures = train.validate, iter([0.9, 0.1])
+    tested = {}
+
+    def scripted(accelerator, model, loader, transform):
+        top1 = next(figures, None)
+        if top1 is None:
+            tested.update(model.state_dict())
+            return real(accelerator, model, loader, transform)
+        return {"loss": 1.0, "top1": top1, "top5": 1.0}
+
+    monkeypatch.setattr(train, "validate", scripted)
+    run = train.train(make_config({"only": phase(epochs=2, lr=0.01)}))
+    best = load_file(run / "best" / "model.safetensors")
+    assert all(torch.equal(best[key], value) for key, value in tested.items())
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    assert not torch.equal(best["fc.weight"], load_file(newest / "model.safetensors")["fc.weight"])
+    images = torch.randn(2, 3, 32, 32)
+    loaded = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
+    again = timm.create_model("test_resnet", num_classes=100)
+    again.load_state_dict(best)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), again.eval()(images), rtol=0, atol=0)
+
+
+def test_training_sees_augmented_images_and_validation_and_test_do_not(make_config, monkeypatch):
+    seen = {}
+    real_train, real_validate = train.train_epoch, train.validate
+
+    def spy_train(accelerator, model, loader, transform, *rest):
+        seen["train"] = transform
+        return real_train(accelerator, model, loader, transform, *rest)
+
+    def spy_validate(accelerator, model, loader, transform):
+        seen.setdefault("evaluate", []).append(transform)
+        return real_validate(accelerator, model, loader, transform)
+
+    monkeypatch.setattr(train, "train_epoch", spy_train)
+    monkeypatch.setattr(train, "validate", spy_validate)
+    train.train(make_config({"only": phase()}))
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    assert len(seen["evaluate"]) == 2
+    plain = seen["evaluate"][0](images)
+    assert torch.equal(plain, seen["evaluate"][1](images))
+    assert not torch.equal(seen["train"](images), plain)
+    for name in ("mean", "std"):
+        assert torch.equal(getattr(seen["train"], name), getattr(seen["evaluate"][0], name))
+
+
+def test_the_normalisation_of_a_run_is_its_weights_and_is_handed_on(make_config):
+    first = train.train(make_config({"only": phase()}))
+    cfg = json.loads((first / "best" / "config.json").read_text())["pretrained_cfg"]
+    cfg_path = first / "best" / "config.json"
+    changed = json.loads(cfg_path.read_text())
+    changed["pretrained_cfg"]["mean"] = [0.11, 0.22, 0.33]
+    cfg_path.write_text(json.dumps(changed))
+    second = train.train(make_config({"only": phase()}, model={"weights": str(first / "best")}, run_name="second"))
+    handed_on = json.loads((second / "best" / "config.json").read_text())["pretrained_cfg"]
+    assert handed_on["mean"] == [0.11, 0.22, 0.33]
+    assert handed_on["std"] == cfg["std"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_resumed_run_is_the_uninterrupted_one(make_config, monkeypatch, stop_after, streaming):
+    """Killed after an epoch of phase 1, at the change, and in phase 2: the tail equals the uninterrupted run's."""
+    phases = {
+        "head": phase(modules="head", epochs=2, schedule="plateau"),
+        "finetune": phase(epochs=2, schedule="cosine"),
+    }
+    config = make_config(phases, data={"streaming": streaming})
+    whole = train.train(dataclasses.replace(config, run_name="whole"))
+
+    class Killed(BaseException):
+        pass
+
+    real_save = train.checkpoint.save
+
+    def dying_save(accelerator, state, run):
+        real_save(accelerator, state, run)
+        if state.epoch == stop_after:
+            raise Killed
+
+    monkeypatch.setattr(train.checkpoint, "save", dying_save)
+    with pytest.raises(Killed):
+        train.train(config)
+    monkeypatch.setattr(train.checkpoint, "save", real_save)
+    run = whole.with_name("run")
+    # The epoch after the checkpoint had been written down too when the process died: it must not appear twice.
+    with (run / "history.jsonl").open("a") as file:
+        file.write(json.dumps(history(run)[-1]) + "\n")
+    train.train(config, resume=run)
+    assert untimed(run) == untimed(whole)
+    first, second = (load_file(folder / "best" / "model.safetensors") for folder in (whole, run))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, run)]
+    for summary in summaries:
+        summary.pop("minutes")
+    assert summaries[0] == summaries[1]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_does_not(make_config):
+    runs = [train.train(make_config(run_name=name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    assert untimed(runs[0]) == untimed(runs[1])
+    assert untimed(runs[0]) != untimed(runs[2])
+
+
+def test_without_a_test_split_the_figures_are_null(make_config):
+    run = train.train(make_config({"only": phase()}, data={"test_split": None}))
+    assert json.loads((run / "summary.json").read_text())["test_top1"] is None
+
+
+def test_images_of_another_size_and_upscaling(make_config):
+    run = train.train(make_config({"only": phase(modules="head")}, model={"name": "test_vit"}, data={"image_size": 64}))
+    cfg = json.loads((run / "best" / "config.json").read_text())
+    assert cfg["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    loaded = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True)
+    assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 100)
+
+
+def refused(config, message, resume=None):
+    with pytest.raises(UserError, match=message) as caught:
+        train.train(config, resume=resume)
+    return caught.value
+
+
+def test_a_second_run_of_one_name_is_refused(make_config):
+    run = train.train(make_config({"only": phase()}))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    refused(make_config({"only": phase()}), "exists: go on with --resume")
+    refused(make_config({"only": phase()}), "is finished", resume=run)
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_a_misspelt_module_is_told_before_anything_is_trained(make_config, tmp_path):
+    refused(make_config({"a": phase(modules="head"), "b": phase(modules="layer9")}), "no 'layer9' to train")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_fewer_rows_than_a_batch(make_config):
+    refused(make_config(data={"batch_size": 4096}), "fewer rows than data.batch_size 4096")
+
+
+def test_a_diverging_loss_is_told_with_phase_and_step(make_config):
+    error = refused(make_config({"only": phase(lr=1e30, epochs=3)}), "the loss became (nan|inf) in phase only, epoch ")
+    assert "lower the phase's lr" in str(error)
+
+
+def test_a_run_without_a_checkpoint_can_not_be_resumed(make_config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(make_config(), "has no checkpoint yet", resume=tmp_path / "empty")
+
+
+def test_a_checkpoint_of_other_processes_is_refused(make_config, monkeypatch):
+    config = make_config({"only": phase(epochs=2)})
+    real_save = train.checkpoint.save
+
+    def interrupted(accelerator, state, run):
+        real_save(accelerator, state, run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.checkpoint, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config)
+    run = Path(config.output_dir) / "run"
+    next(run.rglob("random_states_0.pkl")).unlink()
+    refused(config, "no random state for process 0", resume=run)
+
+
+def test_state_is_plain_json():
+    assert RunState(**json.loads(json.dumps(RunState().state_dict()))) == RunState()
+
+
+def test_the_command_as_a_user_types_it(command, parquet, tmp_path):
+    result = command(
+        "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", "bf16",
+        "train.py", "--config", "recipes/simple_cnn.yaml", "--data.source", str(parquet), "--phases.train.epochs", "1",
+        "--output_dir", str(tmp_path),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    (run,) = tmp_path.iterdir()
+    assert run.name.startswith("simple_cnn-2")
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["environment"]["mixed_precision"] == "bf16"
+    assert "W&B" in result.stderr or (run / "wandb").exists()
+    assert np.isfinite(history(run)[0]["val_loss"])
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(command, tmp_path):
+    result = command("train.py", "--data.source", str(tmp_path / "nothing"))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: data.source: there is no file or folder {tmp_path / 'nothing'}\n"
