@@ -1,0 +1,72 @@
+"""How fast is the augmentation, batched on the device, beside torchvision's on PIL images one by one?
+
+    python benchmarks/augment.py            # prints both rates and their ratio
+
+Both do the report's augmentation and normalisation on the same 32x32 images, alternately, on as many threads as torch
+takes for itself (torchvision's way uses one core; a loader would run one such worker per core). Absolute rates depend
+on the machine; the ratio of medians, measured side by side, is what counts.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torchvision import transforms as T
+
+import augment
+import data
+from config import DataConfig, check
+from models import CIFAR100_MEAN, CIFAR100_STD
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="alternations [7]")
+    parser.add_argument("--batch_size", type=int, default=64, help="images a batch [64]")
+    parser.add_argument("--batches", type=int, default=10, help="batches a round [10]")
+    args = parser.parse_args()
+
+    source = data.load(DataConfig(source="embedded", embedded_rows=args.batch_size * 4))
+    rows = [source.train[i % len(source.train)] for i in range(args.batch_size)]
+    images = [data.decode(row[source.image]) for row in rows]
+    batch = data.Collate(source.image, source.label, source.size, None)(rows)["image"]
+    config = check({"phases": {"only": {"modules": "all", "epochs": 1, "lr": 1}}}, "benchmark")
+    cfg = {"mean": CIFAR100_MEAN, "std": CIFAR100_STD}
+    ours, _ = augment.build(config, cfg, source.size, torch.device("cpu"))
+    theirs = T.Compose(
+        [
+            T.RandomCrop(32, padding=4),
+            T.RandomHorizontalFlip(),
+            T.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+            T.RandomRotation(15),
+            T.ToTensor(),
+            T.Normalize(CIFAR100_MEAN, CIFAR100_STD),
+        ]
+    )
+    ways = {
+        "kornia, batched": lambda: ours(batch),
+        "torchvision, image by image": lambda: torch.stack([theirs(image) for image in images]),
+    }
+    rates = {name: [] for name in ways}
+    for round_number in range(args.rounds + 1):
+        for name, run in ways.items():
+            began = time.perf_counter()
+            for _ in range(args.batches):
+                run()
+            if round_number:  # the first warms up
+                rates[name].append(args.batches * args.batch_size / (time.perf_counter() - began))
+    medians = [statistics.median(values) for values in rates.values()]
+    for name, values in rates.items():
+        print(f"{name:<28s} {statistics.median(values):8.0f} images/s  ({min(values):.0f} to {max(values):.0f})")
+    print(
+        f"ratio of medians {medians[0] / medians[1]:.1f}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+
+
+if __name__ == "__main__":
+    main()
