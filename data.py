@@ -304,7 +304,9 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
     if streamed:
         workers = min(workers, dataset.num_shards)  # a shard is read by one worker
         if training:
-            dataset = dataset.shuffle(seed=seed, buffer_size=config.shuffle_buffer)
+            # Several shards are mixed by threads whose end costs 5 seconds an epoch; one shard needs none.
+            mixed = min(10, dataset.num_shards)
+            dataset = dataset.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
     return DataLoader(
         dataset,
         batch_size=batch_size,

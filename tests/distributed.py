@@ -33,6 +33,7 @@ def main(parquet: str) -> None:
 
     # Validation: every row once, for row counts that do not divide, memory-mapped and streamed.
     for streaming in (False, True):
+        set_seed(0)
         config = DataConfig(source=parquet, streaming=streaming, workers=0)
         source = data.load(config)
         model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)

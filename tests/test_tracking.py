@@ -4,6 +4,7 @@ import socket
 
 import pytest
 import torch
+import wandb
 from accelerate import Accelerator
 
 import tracking
@@ -73,9 +74,10 @@ def no_account(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()  # it remembers the environment of its first use
     yield
-    os.environ.pop("WANDB_MODE", None)
     os.environ["WANDB_MODE"] = "offline"
+    wandb.teardown()
 
 
 def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, no_account, capsys):
