@@ -1,4 +1,5 @@
 import io
+import os
 
 import datasets
 import numpy as np
@@ -243,3 +244,15 @@ def test_training_rows_are_shuffled_and_the_incomplete_batch_is_dropped(parquet,
     seen = torch.cat([batch["label"] for batch in loader]).tolist()
     assert len(seen) == len(rows) // 32 * 32
     assert seen != rows[: len(seen)]
+
+
+@pytest.mark.real_data
+def test_real_cifar_100():
+    """CIFAR100 names a folder with CIFAR-100 as parquet, laid out as on the hub."""
+    folder = os.environ.get("CIFAR100")
+    if not folder:
+        pytest.skip("set CIFAR100 to a folder with CIFAR-100's train-*.parquet and test-*.parquet")
+    source = load(folder)
+    assert (source.image, source.label, source.size) == ("img", "fine_label", (32, 32))
+    assert (len(source.train), len(source.validation), len(source.test)) == (40069, 9931, 10000)
+    assert source.class_names[:2] == ["apple", "aquarium_fish"]
