@@ -109,7 +109,10 @@ class DataConfig:
         """
         if self.source == "embedded":
             return "embedded"
-        path = Path(self.source).expanduser()
+        try:
+            path = Path(self.source).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"data.source: {self.source}: {error}", USAGE) from None
         if path.is_dir():
             return "parquet" if next(path.rglob("*.parquet"), None) else "folder"
         if glob.glob(str(path), recursive=True):
@@ -249,10 +252,14 @@ def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
     if chosen.resume:
         if not (chosen.resume / "config.yaml").is_file():
             raise UserError(f"--resume: {chosen.resume} is not a run folder (it has no config.yaml)", USAGE)
+        if chosen.config:
+            raise UserError("a resumed run keeps its own configuration: leave out --config", USAGE)
         path = chosen.resume / "config.yaml"
     else:
         path = chosen.config or DEFAULT_RECIPE
     tree = read_yaml(path)
+    if chosen.resume:  # its weights come from its checkpoint; what it once started from may be gone
+        tree["model"] = tree.get("model", {}) | {"pretrained": False, "weights": str(chosen.resume / "best")}
     tree.setdefault("recipe", re.sub(r"[^\w.-]+", "-", path.stem))
 
     overrides = vars(_parser(tree, path).parse_args(argv))
@@ -349,12 +356,12 @@ def _set(tree: dict, dotted: str, text: str):
         if not isinstance(tree.get(parent), dict):
             tree[parent] = {}
         tree = tree[parent]
+    field = _fields_at(dotted.split(".")[:-1])[name]
     try:
-        tree[name] = yaml.safe_load(text)
+        # Text stays text: a run may be called 2026-11-23, or no.
+        tree[name] = text if field.annotation in (str, str | None) and text != "null" else yaml.safe_load(text)
     except yaml.YAMLError:
         tree[name] = text
-    if isinstance(tree[name], (dict, list)) and name != "modules":
-        tree[name] = text  # a name such as {a} stays a text
 
 
 def _explain(problem: dict) -> str:

@@ -54,15 +54,31 @@ def load(config: DataConfig) -> Data:
         train = train._resolve_features()
     image, label = _columns(train.features, config)
 
-    train, test = (_encoded(split, image, label) for split in (train, test))
-    train, classes = _with_classes(train, label, config)
-    if test is not None and test.features and test.features != train.features:
-        test = test.cast(train.features)
-    first = next(iter(train), None)
+    train, classes = _with_classes(_encoded(train, image, label), label, config)
+    if test is not None:
+        try:
+            test = _encoded(test, image, label)
+            test = test if test.features in (None, train.features) else test.cast(train.features)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(
+                f"{config.source}: the columns {image}, {label} of split '{config.test_split}' do not match those of "
+                f"'{config.train_split}': {_first_line(error)}"
+            ) from error
+    try:
+        first = next(iter(train), None)
+    except UserError:
+        raise
+    except Exception as error:  # a stream's first bytes arrive here, with whatever can go wrong on their way
+        raise UserError(f"data.source: {config.source} can't be read: {_first_line(error)}") from error
     if first is None:
         raise UserError(f"{config.source}: the split '{config.train_split}' has no rows")
     width, height = decode(first[image]).size
     training, validation = hold_out(train, image, config.folds, config.fold)
+    for name, rows in (("training", training), ("validation", validation), ("test", test)):
+        if isinstance(rows, Dataset) and not len(rows):
+            raise UserError(
+                f"{config.source}: no {name} rows (of {len(train)}, fold {config.fold} of {config.folds} validates)"
+            )
     return Data(training, validation, test, image, label, classes, (height, width))
 
 
@@ -213,8 +229,9 @@ def _with_classes(split, label: str, config: DataConfig):
             USAGE,
         )
     values = split.unique(label)
-    if min(values) < 0 or None in values:
-        raise UserError(f"data.label: column '{label}' of {config.source} holds {min(values)}; classes count from 0")
+    wrong = next((value for value in values if value is None or value < 0), 0)
+    if wrong != 0:
+        raise UserError(f"data.label: column '{label}' of {config.source} holds {wrong}; classes count from 0")
     names = [str(value) for value in range(max(values) + 1)]
     return split.cast_column(label, ClassLabel(names=names)), names
 
@@ -253,10 +270,15 @@ class Collate:
 
     image: str
     label: str
+    classes: int
     size: tuple[int, int]
     image_size: int | None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        labels = [row[self.label] for row in rows]
+        for label in labels:
+            if label is None or not 0 <= label < self.classes:
+                raise UserError(f"column '{self.label}' holds {label}, which is none of the {self.classes} classes")
         images = [decode(row[self.image]) for row in rows]
         expected = self.size[::-1]
         odd = next((image.size for image in images if image.size != expected), None)
@@ -271,7 +293,7 @@ class Collate:
         pixels = np.stack([np.asarray(image) for image in images])
         return {
             "image": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-            "label": torch.tensor([row[self.label] for row in rows]),
+            "label": torch.tensor(labels),
         }
 
 
@@ -313,9 +335,11 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
         shuffle=training and not streamed,
         drop_last=training,
         num_workers=workers,
-        persistent_workers=workers > 0,
+        # Not persistent: a loader draws a random number whenever it starts workers, and a resumed run has to draw as
+        # often as an uninterrupted one.
+        persistent_workers=False,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=Collate(data.image, data.label, data.size, config.image_size),
+        collate_fn=Collate(data.image, data.label, len(data.class_names), data.size, config.image_size),
     )
 
 

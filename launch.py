@@ -55,6 +55,15 @@ def environment(accelerator: Accelerator) -> Environment:
     )
 
 
+def check_same(recorded: Environment | None, accelerator: Accelerator) -> None:
+    """UserError if a run would be resumed with other processes, precision or device than it was started with."""
+    now = environment(accelerator)
+    for name in ("processes", "mixed_precision", "device"):
+        before = getattr(recorded, name, None)
+        if recorded and before != getattr(now, name):
+            raise UserError(f"--resume: the run was started with {name} {before}, not {getattr(now, name)}", USAGE)
+
+
 def share_of_batch(config: Config, accelerator: Accelerator) -> tuple[int, int]:
     """Images per process and step, and per forward pass; sets the Accelerator's accumulation accordingly.
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from errors import UserError
+
 
 class TopKAccuracy(evaluate.Metric):
     """Share of rows whose label is among the k classes with the largest logits.
@@ -71,10 +73,10 @@ class Classification:
             gather: brings the rows of all processes together, where that has not been done batch by batch.
 
         Raises:
-            ValueError: nothing was added.
+            UserError: nothing was added.
         """
         if not self.rows:
-            raise ValueError("no rows to compute metrics of")
+            raise UserError("there are no rows to judge: the split is empty")
         losses, classes, labels = (
             part.cpu().numpy() for part in gather(tuple(torch.cat(part) for part in zip(*self.rows, strict=True)))
         )

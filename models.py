@@ -167,7 +167,7 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
 def _architecture_cfg(name: str) -> dict:
     """timm's pretrained_cfg of a model name; UserError with the nearest names if there is no such model."""
     known = timm.list_models() + timm.list_pretrained()
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or (name not in known and not timm.is_model(name)):
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) or name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise UserError(f"model.name: timm has no model '{name}'; nearest: {', '.join(close) or 'none'}", USAGE)
     cfg = timm.get_pretrained_cfg(name)
@@ -187,10 +187,13 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> tuple[dict, str]:
             raise UserError(
                 f"model.weights: {path} holds no model.safetensors and config.json; give a run's best/ folder"
             )
-        saved = json.loads(described.read_text(encoding="utf-8"))
-        if saved["architecture"] != timm.models.split_model_name_tag(name)[0]:
-            raise UserError(f"model.weights: {path} is a {saved['architecture']}, but model.name is {name}", USAGE)
-        cfg = {key: tuple(saved["pretrained_cfg"][key]) for key in ("mean", "std")}
+        try:
+            saved = json.loads(described.read_text(encoding="utf-8"))
+            cfg = {key: tuple(saved["pretrained_cfg"][key]) for key in ("mean", "std")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"model.weights: {described} is not timm's ({type(error).__name__}: {error})") from error
+        if saved.get("architecture") != timm.models.split_model_name_tag(name)[0]:
+            raise UserError(f"model.weights: {path} is a {saved.get('architecture')}, but model.name is {name}", USAGE)
     elif not path.is_file():
         raise UserError(f"model.weights: there is no file or folder {path}", USAGE)
     try:

@@ -51,11 +51,7 @@ class Tracking:
                 if number % READ_EVERY == 1:
                     loss, top1 = step.loss.item(), step.top1.item()
                     bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top1:.1%}")
-                    if not math.isfinite(loss):
-                        raise UserError(
-                            f"the loss became {loss} in {title}, step {number} or just before: lower the phase's lr, "
-                            f"or clip gradients (--clip_norm 1). The best weights are in {self.history.parent}/best"
-                        )
+                    check_finite(loss, f"{title}, step {number} or just before")
                 yield step
 
     def epoch(self, row: dict, best: bool, total: int) -> None:
@@ -81,6 +77,12 @@ class Tracking:
             path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         self.accelerator.log({key: value for key, value in summary.items() if isinstance(value, (int, float))})
         self.accelerator.end_training()
+
+
+def check_finite(loss: float, where: str) -> None:
+    """UserError if the loss is no longer a number."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss became {loss} in {where}: lower the phase's lr, or clip gradients (--clip_norm 1)")
 
 
 def _start_wandb(accelerator: Accelerator, config: Config, run: Path) -> None:

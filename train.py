@@ -34,7 +34,7 @@ import models
 from engine import train_epoch, unwrap, validate
 from metrics import Classification
 from phases import EarlyStopping, RunState, Schedule, make_optimizer
-from tracking import Tracking
+from tracking import Tracking, check_finite
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
@@ -48,6 +48,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
     """
     accelerator = launch.make_accelerator(config)
     share, micro_batch_size = launch.share_of_batch(config, accelerator)
+    if resume:
+        launch.check_same(config.environment, accelerator)
     saved, state = checkpoint.newest(resume) if resume else (None, RunState())
 
     # Data come first: the model's head and its input depend on them.
@@ -111,6 +113,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             if not images:
                 raise UserError(f"the training split has fewer rows than data.batch_size {config.data.batch_size}")
             trained = metrics.compute(accelerator.gather)
+            check_finite(trained["loss"], title)
             training_ended = time.perf_counter()
             validated = validate(accelerator, model, val_loader, transform)
             ended = time.perf_counter()
@@ -161,10 +164,15 @@ def make_run_folder(accelerator: Accelerator, config: Config) -> Path:
         except OSError as error:
             raise UserError(f"output_dir: {run} can't be made: {error.strerror}") from error
         # Recorded without its name, so that the same configuration can be run again as it is.
-        config = dataclasses.replace(config, run_name=None, environment=launch.environment(accelerator))
+        settled = dataclasses.replace(config.data, streaming=config.data.streams)
+        config = dataclasses.replace(config, data=settled, run_name=None, environment=launch.environment(accelerator))
         (run / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         print(config.to_yaml())
     accelerator.wait_for_everyone()
+    if not (run / "config.yaml").is_file():
+        raise UserError(
+            f"output_dir: {run} was made by the main process, but this machine can't see it; share the folder"
+        )
     return run
 
 

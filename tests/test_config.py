@@ -40,6 +40,11 @@ def test_overriding_one_value_of_one_phase_leaves_its_others_alone():
     assert after.data == dataclasses.replace(before.data, streaming=False, batch_size=128)
 
 
+def test_text_stays_text():
+    parsed, _ = parse(["--run_name", "2026-11-23", "--data.label", "no", "--data.test_split", "null"])
+    assert (parsed.run_name, parsed.data.label, parsed.data.test_split) == ("2026-11-23", "no", None)
+
+
 def test_config_yaml_is_itself_a_valid_config(tmp_path):
     first, _ = parse(["--seed", "7", "--phases.head.modules", "layer4,head"])
     path = tmp_path / "config.yaml"

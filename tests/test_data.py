@@ -210,7 +210,7 @@ def test_a_corrupt_image_is_told_through_a_worker_too(tmp_path):
 
 
 def test_batches_are_uint8_of_the_stored_pixels(tiny_data):
-    collate = data.Collate("img", "fine_label", (32, 32), None)
+    collate = data.Collate("img", "fine_label", 100, (32, 32), None)
     rows = [tiny_data.train[i] for i in range(3)]
     batch = collate(rows)
     assert batch["image"].dtype == torch.uint8
@@ -225,14 +225,21 @@ def mixed_rows():
 
 def test_images_of_mixed_sizes_need_image_size():
     with pytest.raises(UserError, match=r"16x16 and 40x20 pixels\): set the size .* --data.image_size"):
-        data.Collate("image", "label", (16, 16), None)(mixed_rows())
-    assert data.Collate("image", "label", (16, 16), 24)(mixed_rows())["image"].shape == (2, 3, 24, 24)
+        data.Collate("image", "label", 1, (16, 16), None)(mixed_rows())
+    assert data.Collate("image", "label", 1, (16, 16), 24)(mixed_rows())["image"].shape == (2, 3, 24, 24)
+
+
+@pytest.mark.parametrize("label", [-1, None, 2])
+def test_a_label_that_is_none_of_the_classes_is_told(label):
+    rows = [{"image": encode(noise(1)[0]), "label": label}]
+    with pytest.raises(UserError, match=f"column 'label' holds {label}, which is none of the 2 classes"):
+        data.Collate("image", "label", 2, (16, 16), None)(rows)
 
 
 def test_small_images_are_left_to_the_device_to_enlarge_and_large_ones_shrink_in_the_worker():
     small, large = mixed_rows()
-    assert data.Collate("image", "label", (16, 16), 64)([small])["image"].shape == (1, 3, 16, 16)
-    assert data.Collate("image", "label", (20, 40), 8)([large])["image"].shape == (1, 3, 8, 8)
+    assert data.Collate("image", "label", 1, (16, 16), 64)([small])["image"].shape == (1, 3, 16, 16)
+    assert data.Collate("image", "label", 1, (20, 40), 8)([large])["image"].shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

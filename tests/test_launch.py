@@ -46,7 +46,8 @@ def test_train_py_runs_on_two_processes(command, parquet, tmp_path):
     result = command(
         "train.py", "--config", "recipes/demo_finetune.yaml", "--data.source", str(parquet),
         "--output_dir", str(tmp_path),
-        "--run_name", "run", "--data.workers", "0", "--phases.head.epochs", "1", "--phases.finetune.epochs", "1",
+        "--run_name", "run", "--data.workers", "0", "--data.streaming", "true",
+        "--phases.head.epochs", "1", "--phases.finetune.epochs", "1",
         launcher=TORCHRUN, env=TWO_PROCESSES,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from errors import UserError
 from metrics import Classification, MeanLoss, TopKAccuracy
 
 
@@ -30,7 +31,7 @@ def test_computing_starts_afresh_and_refuses_nothing():
     metrics = Classification()
     metrics.add(torch.tensor([1.0]), torch.tensor([[0]]), torch.tensor([0]))
     metrics.compute()
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(UserError, match="no rows"):
         metrics.compute()
 
 

@@ -148,6 +148,18 @@ def test_a_best_folder_of_another_architecture_is_an_error(tmp_path):
         create(weights=str(tmp_path / "best"))
 
 
+def test_a_folder_that_is_not_timms_is_an_error(tmp_path):
+    checkpoint.save_best(create()[0], tmp_path)
+    (tmp_path / "best" / "config.json").write_text('{"architectures": ["ResNetForImageClassification"]}')
+    with pytest.raises(UserError, match=r"config\.json is not timm's"):
+        create(weights=str(tmp_path / "best"))
+
+
+def test_an_unknown_tag_names_the_nearest():
+    with pytest.raises(UserError, match=r"timm has no model 'resnet50.a1_in2k'; nearest: resnet50.a1_in1k"):
+        create("resnet50.a1_in2k")
+
+
 def test_an_unknown_model_names_the_nearest():
     with pytest.raises(UserError, match=r"timm has no model 'resnet5'; nearest: .*resnet50"):
         create("resnet5")

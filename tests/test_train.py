@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -13,6 +14,7 @@ from conftest import phase
 from safetensors.torch import load_file
 
 import train
+from config import Environment
 from errors import UserError
 from phases import RunState
 
@@ -57,30 +59,26 @@ def test_a_run_leaves_behind_what_it_promises(make_config, capsys):
     assert out.count("epoch   ") == 2
 
 
-def test_any_number_of_phases_goes_on_from_the_last_weights(make_config, monkeypatch):
-    """Each phase starts from where the one before ended: its last weights, not its best."""
-    seen = []
+def test_any_number_of_phases_and_each_goes_on_from_the_last_weights(make_config, monkeypatch):
+    """The first epoch of each phase is made its best: the next phase must start from the last one all the same."""
+    starts, figures = [], iter([0.9, 0.1, 0.8, 0.1, 0.7, 0.1])
     original = train.make_optimizer
 
     def spy(phase, model):
-        seen.append({key: value.clone() for key, value in model.state_dict().items()})
+        starts.append({key: value.clone() for key, value in model.state_dict().items()})
         return original(phase, model)
 
-    ends = []
-    original_unwrap = train.unwrap
-
-    def spy_unwrap(accelerator, model):
-        model = original_unwrap(accelerator, model)
-        ends.append({key: value.clone() for key, value in model.state_dict().items()})
-        return model
-
     monkeypatch.setattr(train, "make_optimizer", spy)
-    monkeypatch.setattr(train, "unwrap", spy_unwrap)
-    phases = {name: phase(modules=modules) for name, modules in (("a", "head"), ("b", "all"), ("c", "layer4"))}
+    monkeypatch.setattr(train, "validate", lambda *_: {"loss": 1.0, "top1": next(figures, 0.0), "top5": 1.0})
+    monkeypatch.setattr(train.checkpoint, "KEEP", 9)
+    phases = {
+        name: phase(modules=modules, epochs=2) for name, modules in (("a", "head"), ("b", "all"), ("c", "layer4"))
+    }
     run = train.train(make_config(phases))
-    assert [row["phase"] for row in history(run)] == ["a", "b", "c"]
-    for end, start in zip(ends, seen[1:], strict=False):
-        assert all(torch.equal(end[key], start[key]) for key in end)
+    assert [row["phase"] for row in history(run)] == ["a", "a", "b", "b", "c", "c"]
+    for start, last in zip(starts[1:], ("00002", "00004"), strict=True):
+        saved = load_file(run / "checkpoints" / last / "model.safetensors")
+        assert all(torch.equal(start[key], value) for key, value in saved.items())
 
 
 def test_early_stopping_ends_the_phase_and_the_next_begins(make_config, monkeypatch, capsys):
@@ -166,15 +164,16 @@ def test_the_normalisation_of_a_run_is_its_weights_and_is_handed_on(make_config)
     assert handed_on["std"] == cfg["std"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_a_resumed_run_is_the_uninterrupted_one(make_config, monkeypatch, stop_after, streaming):
+@pytest.mark.parametrize(
+    ("stop_after", "streaming", "workers"), [(1, False, 1), (1, True, 0), (2, False, 0), (3, True, 1), (3, False, 1)]
+)
+def test_a_resumed_run_is_the_uninterrupted_one(make_config, monkeypatch, stop_after, streaming, workers):
     """Killed after an epoch of phase 1, at the change, and in phase 2: the tail equals the uninterrupted run's."""
     phases = {
         "head": phase(modules="head", epochs=2, schedule="plateau"),
         "finetune": phase(epochs=2, schedule="cosine"),
     }
-    config = make_config(phases, data={"streaming": streaming})
+    config = make_config(phases, data={"streaming": streaming, "workers": workers})
     whole = train.train(dataclasses.replace(config, run_name="whole"))
 
     class Killed(BaseException):
@@ -248,7 +247,7 @@ def test_fewer_rows_than_a_batch(make_config):
 
 
 def test_a_diverging_loss_is_told_with_phase_and_step(make_config):
-    error = refused(make_config({"only": phase(lr=1e30, epochs=3)}), "the loss became (nan|inf) in phase only, epoch ")
+    error = refused(make_config({"only": phase(lr=1e30)}), "the loss became (nan|inf) in phase only, epoch 1")
     assert "lower the phase's lr" in str(error)
 
 
@@ -271,6 +270,26 @@ def test_a_checkpoint_of_other_processes_is_refused(make_config, monkeypatch):
     run = Path(config.output_dir) / "run"
     next(run.rglob("random_states_0.pkl")).unlink()
     refused(config, "no random state for process 0", resume=run)
+
+
+@pytest.mark.parametrize(("name", "before", "now"), [("processes", 2, "1"), ("mixed_precision", "bf16", "no")])
+def test_resuming_with_other_processes_or_precision_is_refused(make_config, tmp_path, name, before, now):
+    recorded = {"processes": 1, "mixed_precision": "no", "device": "cpu", "versions": {}} | {name: before}
+    config = dataclasses.replace(make_config(), environment=Environment(**recorded))
+    refused(config, f"was started with {name} {before}, not {now}", resume=tmp_path)
+
+
+def test_a_label_that_is_no_class_is_told(make_config, parquet, tmp_path):
+    rows = datasets.load_dataset("parquet", data_files=str(parquet / "train-*"))["train"]
+    features = rows.features.copy()
+    features["fine_label"] = datasets.Value("int64")
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    rows.cast(features).to_parquet(folder / "train.parquet")
+    rows.cast(features).map(lambda row: {"fine_label": 200}).to_parquet(folder / "test.parquet")
+    config = make_config({"only": phase()}, data={"source": str(folder), "label": "fine_label"})
+    refused(config, "column 'fine_label' holds 200, which is none of the 100 classes")
+    assert (tmp_path / "runs" / "run" / "best" / "model.safetensors").exists(), "what was trained is kept"
 
 
 def test_state_is_plain_json():
