@@ -11,11 +11,12 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 from config import Config
 from errors import UserError
 
-PATIENCE = 6  # seconds; a working hub answers in well under one
+PATIENCE = 3  # seconds; a working hub answers in well under one
 
 
 def endpoint() -> str:
@@ -28,11 +29,24 @@ def offline() -> bool:
 
 
 def check(config: Config) -> None:
-    """Go offline, with a line that says so, if this run wants something from the hub and the hub does not answer."""
-    wants_weights = config.model.pretrained and not config.model.weights
-    if offline() or not (config.data.kind == "hub" or wants_weights) or _answers():
+    """Go offline, with a line that says so, if this run wants something from the hub and the hub does not answer.
+
+    Raises:
+        UserError: it does not answer, and a look at the cache's folders shows that what is wanted can't be there.
+    """
+    wants_data, wants_weights = config.data.kind == "hub", config.model.pretrained and not config.model.weights
+    if offline() or not (wants_data or wants_weights) or _answers():
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    hub_cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    datasets_cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    source = config.data.source
+    kept = (datasets_cache / source.replace("/", "___"), hub_cache / f"datasets--{source.replace('/', '--')}")
+    if wants_data and not any(folder.exists() for folder in kept):
+        raise unreachable(f"the dataset {source}")
+    if wants_weights and not any(hub_cache.glob("models--*")):
+        raise unreachable(f"timm's pretrained {config.model.name}")
     if os.environ.get("RANK", "0") == "0":
         print(f"The hub ({endpoint()}) can't be reached: using only what is in this machine's cache.", file=sys.stderr)
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import timm
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -122,6 +123,19 @@ def resnet50_small_stem(pretrained: bool = False, **kwargs) -> ResNet:
 
 
 # ---- making a model ---------------------------------------------------------------------------------------------
+
+
+def check(config: ModelConfig) -> None:
+    """Tell what can be told before any data are read: whether the model exists, and its weights where there is no hub.
+
+    Raises:
+        UserError: there is no such model, or its pretrained weights are neither in the cache nor to be had.
+    """
+    repository = _architecture_cfg(config.name).get("hf_hub_id")
+    if config.pretrained and not config.weights and hub.offline() and repository:
+        names = ("model.safetensors", "pytorch_model.bin")
+        if not any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
+            raise hub.unreachable(f"timm's pretrained {config.name}")
 
 
 def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -> tuple[nn.Module, str]:

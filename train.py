@@ -52,7 +52,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         launch.check_same(config.environment, accelerator)
     saved, state = checkpoint.newest(resume) if resume else (None, RunState())
 
-    # Data come first: the model's head and its input depend on them.
+    models.check(config.model)
+    # Data come before the model: its head and its input depend on them.
     source = data.load(config.data)
     train_rows = data.loader(source, "train", config.data, share, config.seed)
     validation_rows = data.loader(source, "validation", config.data, share, config.seed)
