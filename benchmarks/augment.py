@@ -34,7 +34,7 @@ def main() -> None:
     source = data.load(DataConfig(source="embedded", embedded_rows=args.batch_size * 4))
     rows = [source.train[i % len(source.train)] for i in range(args.batch_size)]
     images = [data.decode(row[source.image]) for row in rows]
-    batch = data.Collate(source.image, source.label, source.size, None)(rows)["image"]
+    batch = data.Collate(source.image, source.label, len(source.class_names), source.size, None)(rows)["image"]
     config = check({"phases": {"only": {"modules": "all", "epochs": 1, "lr": 1}}}, "benchmark")
     cfg = {"mean": CIFAR100_MEAN, "std": CIFAR100_STD}
     ours, _ = augment.build(config, cfg, source.size, torch.device("cpu"))
