@@ -1,79 +1,256 @@
 """The only reader and writer of what a run must not lose: checkpoints to resume from, and the best weights.
 
-A checkpoint is Accelerate's (model, optimizer, scaler, random states) plus the run's own state as JSON, which is read
-first: it says which phase to rebuild before the rest can be loaded into it. Nothing here unpickles foreign objects.
+A checkpoint is Accelerate's (model, optimizer, scaler, each process's random states), the epoch's figures so far, a
+copy of best/, and the run's own state as JSON, which is read first: it says which phase to rebuild before the rest can
+be loaded into it. It is written into a folder of another name, with a manifest of checksums, and renamed when all of it
+has reached the disk; so a folder with a checkpoint's name is whole, or the disk's fault, and the one before is used.
+Nothing here unpickles foreign objects.
 """
 
+import hashlib
 import json
 import os
+import random
 import shutil
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import load as load_safely
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from errors import UserError
+from config import CheckpointConfig
+from errors import USAGE, UserError
+from launch import agreed, together
+from metrics import Classification
 from phases import RunState
 
-KEEP = 2  # the newest, and the one before
+AGREE_EVERY = 20  # steps after which several processes compare clocks
+BEST = ("config.json", "model.safetensors")  # the files of best/
 
 
-def save(accelerator: Accelerator, state: RunState, run: Path) -> None:
-    """Write runs/NAME/checkpoints/EPOCH whole, then prune older ones. Called by every process."""
-    folder = run / "checkpoints"
-    target, unfinished = folder / f"{state.epoch:05d}", folder / "unfinished"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (unfinished / "state.json").write_text(json.dumps(state.state_dict(), indent=1), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
-        for old in _finished(run)[:-KEEP]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+class Checkpoints:
+    """The checkpoints of one run. Every process calls every method.
+
+    Args:
+        facts: what a resumed run has to find unchanged or can't find anywhere else, as plain values: kept in each.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: CheckpointConfig, run: Path, facts: dict):
+        self.accelerator, self.config, self.run, self.facts = accelerator, config, run, facts
+        self.saved_at = time.monotonic()
+
+    def due(self, state: RunState) -> bool:
+        """Whether the step just made is to be followed by a checkpoint."""
+        if self.config.every_steps and state.step % self.config.every_steps == 0:
+            return True
+        if not self.config.every_minutes or (self.accelerator.num_processes > 1 and state.step % AGREE_EVERY):
+            return False
+        return agreed(self.accelerator, time.monotonic() - self.saved_at >= 60 * self.config.every_minutes)
+
+    def save(self, state: RunState, metrics: Classification) -> None:
+        """Write runs/NAME/checkpoints/EPOCH-STEP whole or not at all, then prune older ones."""
+        accelerator, folder = self.accelerator, self.run / "checkpoints"
+        target, unfinished = folder / f"{state.epoch:05d}-{state.step:09d}", folder / "unfinished"
+        if accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(unfinished))
+            rows = {name: rows.cpu() for name, rows in metrics.state_dict().items()}
+            save_file(rows, unfinished / f"epoch_{accelerator.process_index}.safetensors")
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                if (self.run / "best").is_dir():
+                    (unfinished / "best").mkdir()
+                    for name in BEST:
+                        shutil.copyfile(self.run / "best" / name, unfinished / "best" / name)
+                text = json.dumps({"state": state.state_dict()} | self.facts, indent=1)
+                (unfinished / "state.json").write_text(text, encoding="utf-8")
+                _seal(unfinished)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(unfinished, target)
+                _to_disk(folder)
+                self._prune(target)
+        except Exception:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of no use, and perhaps it is space that is wanting
+            raise
+        accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+
+    def _prune(self, newest: Path) -> None:
+        folders = _folders(self.run)
+        number = folders.index(newest) + 1
+        # What is newer is torn, or of steps that a resumed run makes again.
+        for path in folders[: max(0, number - self.config.keep)] + folders[number:]:
+            shutil.rmtree(path)
 
 
-def newest(run: Path) -> tuple[Path, RunState]:
-    """The newest checkpoint of a run folder and the state in it; UserError if there is none."""
-    if (run / "summary.json").exists():
-        raise UserError(f"--resume: {run} is finished (it has a summary.json)")
-    finished = _finished(run)
-    if not finished:
-        raise UserError(
-            f"--resume: {run} has no checkpoint yet (one is written at the end of each epoch); start afresh"
-        )
-    return finished[-1], RunState(**json.loads((finished[-1] / "state.json").read_text(encoding="utf-8")))
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was found whole."""
+
+    path: Path
+    state: RunState
+    facts: dict
+
+    def check_same(self, what: str, now: dict) -> None:
+        """UserError if a section of the facts is not what it is now; names what differs, with both values."""
+        for name, before in self.facts[what].items():
+            if before != now[name]:
+                raise UserError(f"--resume: {what} have changed: {name} was {before}, and is {now[name]}", USAGE)
 
 
-def restore(accelerator: Accelerator, path: Path) -> None:
-    """Load a checkpoint into what has been prepared, which must be of the checkpoint's phase.
+def newest(accelerator: Accelerator, run: Path) -> Saved | None:
+    """The newest whole checkpoint of a run folder; None if there has been none yet. Torn ones are named on stderr.
 
     Raises:
-        UserError: this process's random state can't be restored (Accelerate would go on without it).
+        UserError: the run is finished; or there are checkpoints, but each of them is torn.
     """
+    if (run / "summary.json").exists():
+        raise UserError(f"--resume: {run} is finished (it has a summary.json)", shared=True)
+    path = [None]
+    with together(accelerator):
+        if accelerator.is_main_process:
+            path = [_newest_whole(run)]
+    path = agreed(accelerator, str(path[0] or ""))
+    if not path:
+        return None
+    content = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+    try:
+        return Saved(Path(path), RunState(**content.pop("state")), content)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"--resume: {path}/state.json is of another version of this software ({error})") from error
+
+
+def _newest_whole(run: Path) -> Path | None:
+    torn = []
+    for path in reversed(_folders(run)):
+        fault = _fault(path)
+        if fault is None:
+            if torn:
+                print(f"damaged: {'; '.join(torn)}. Going on from the one before, {path.name}", file=sys.stderr)
+            return path
+        torn.append(f"checkpoint {path}: {fault}")
+    if torn:
+        raise UserError(f"--resume: no checkpoint of {run} is whole ({'; '.join(torn)}); best/ is as it was")
+    return None
+
+
+def _folders(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("[0-9]*-[0-9]*"))
+
+
+# ---- whole or not at all ----------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _seal(folder: Path) -> None:
+    """Write the manifest and see to it that everything has reached the disk."""
+    manifest = {name: _digest(path) for name, path in _files(folder).items()}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in [*_files(folder).values(), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _to_disk(path)
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, or None."""
+    files = _files(folder)
+    try:
+        manifest = json.loads(files.pop("manifest.json").read_text(encoding="utf-8"))
+        names = sorted(manifest)
+    except (KeyError, ValueError, TypeError, OSError):
+        return "manifest.json is missing or damaged"
+    if names != sorted(files):
+        return f"{', '.join(sorted(set(names) ^ set(files)))} missing, or not in its manifest"
+    return next((f"{name} is not what was written" for name in names if _digest(files[name]) != manifest[name]), None)
+
+
+def _to_disk(path: Path) -> None:
+    """Flush a file or, where the system can, a folder's entries."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file's content, so that it is the old or the new one whatever happens."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    _to_disk(unfinished)
+    os.replace(unfinished, path)
+    _to_disk(path.parent)
+
+
+# ---- going on ---------------------------------------------------------------------------------------------------
+
+
+def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tensor]:
+    """Load a checkpoint into what has been prepared, which must be of the checkpoint's phase, and put its best/ back.
+
+    Returns:
+        The rows of the epoch that had begun, for `Classification.load_state_dict`.
+
+    Raises:
+        UserError: this process's random states can't be restored (Accelerate would go on without them).
+    """
+    path = saved.path
+    # best/ may be ahead, of an epoch that will be trained again.
+    if accelerator.is_main_process and (path / "best").is_dir():
+        _put_in_place(path / "best", run / "best", shutil.copyfile)
     accelerator.load_state(str(path))
     states = path / f"random_states_{accelerator.process_index}.pkl"
-    if not states.is_file() or not torch.equal(load_safely(states)["torch_manual_seed"], torch.get_rng_state()):
+    if not states.is_file() or not _random_states_are(load_safely(states)):
         raise UserError(
-            f"--resume: {path} has no random state for process {accelerator.process_index}: resume with as many "
-            "processes as the run was started with"
+            f"--resume: {path} has no fitting random states for process {accelerator.process_index}: resume with as "
+            "many processes, and devices of the same kind and number, as the run was started with"
         )
+    rows = load_file(path / f"epoch_{accelerator.process_index}.safetensors")
+    accelerator.wait_for_everyone()
+    return {name: part.to(accelerator.device) for name, part in rows.items()}
 
 
-def _finished(run: Path) -> list[Path]:
-    return sorted(path.parent for path in (run / "checkpoints").glob("[0-9]*/state.json"))
+def _random_states_are(states: dict) -> bool:
+    """Whether every random state is now the saved one."""
+    numpy_now, numpy_then = np.random.get_state(), states["numpy_random_seed"]
+    same = random.getstate() == states["random_state"] and torch.equal(
+        torch.get_rng_state(), states["torch_manual_seed"]
+    )
+    same = same and all(np.array_equal(now, then) for now, then in zip(numpy_now, numpy_then, strict=True))
+    if torch.cuda.is_available():
+        now, then = torch.cuda.get_rng_state_all(), states.get("torch_cuda_manual_seed", [])
+        same = same and len(now) == len(then) and all(map(torch.equal, now, then))
+    return same
+
+
+# ---- the best weights -------------------------------------------------------------------------------------------
 
 
 def save_best(model: nn.Module, run: Path) -> None:
     """Write the unwrapped model to runs/NAME/best, so that timm loads it: weights, architecture, normalisation."""
-    best, unfinished = run / "best", run / "best.unfinished"
+    unfinished = run / "best.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
     cfg = dict(model.pretrained_cfg)
     label_names = cfg.pop("label_names")
     arguments = {"img_size": list(cfg["input_size"][1:])} if cfg.get("fixed_input_size") else None
@@ -84,10 +261,19 @@ def save_best(model: nn.Module, run: Path) -> None:
         model_args=arguments,
         safe_serialization=True,
     )
-    best.mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors"):  # each appears whole or not at all
-        os.replace(unfinished / name, best / name)
+    _put_in_place(unfinished, run / "best", os.replace)
     unfinished.rmdir()
+
+
+def _put_in_place(source: Path, best: Path, move) -> None:
+    """Bring best/'s two files from another folder; each appears whole or not at all."""
+    best.mkdir(exist_ok=True)
+    for name in BEST:
+        arrived = best / f".{name}.unfinished"
+        move(source / name, arrived)
+        _to_disk(arrived)
+        os.replace(arrived, best / name)
+    _to_disk(best)
 
 
 def load_best(model: nn.Module, run: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticUndefined
 
@@ -32,6 +32,13 @@ def _split_commas(value):
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _whole_or_auto(value):
+    if value in (None, "auto") or (type(value) is int and value >= 1):
+        return value
+    raise ValueError("should be a whole number from 1, or auto")
+
+
+MicroBatchSize = Annotated[int | Literal["auto"] | None, PlainValidator(_whole_or_auto)]
 ModuleNames = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 
 
@@ -81,8 +88,10 @@ class DataConfig:
     batch_size: int = Field(
         64, ge=1, description="images per optimizer step, all processes and gradient accumulation together"
     )
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="images per forward pass of one process; fewer than its share of the batch: accumulate"
+    micro_batch_size: MicroBatchSize = Field(
+        None,
+        description="images per forward pass of one process, fewer than its share of the batch: accumulate; auto: the "
+        "largest that fits the device's memory, found before training (default: the whole share)",
     )
     workers: int | None = Field(
         None, ge=0, description="processes that decode images, per training process (default: cores - 1, 1 to 4)"
@@ -163,11 +172,21 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """When a run is saved, beside the end of each epoch and a signal to stop."""
+
+    every_steps: int | None = Field(None, ge=1, description="optimizer steps between two checkpoints (default: off)")
+    every_minutes: float | None = Field(10.0, gt=0, description="minutes between two checkpoints; null: don't count")
+    keep: int = Field(2, ge=1, description="checkpoints to keep; older ones are removed, best/ never is")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Environment:
     """What a run found around it. Recorded in config.yaml, never set here: precision and processes are Accelerate's."""
 
     mixed_precision: str
     processes: int
+    device_type: str
     device: str
     versions: dict[str, str]
 
@@ -179,6 +198,7 @@ class Config:
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     phases: dict[str, PhaseConfig] = Field(min_length=1)
     clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, shuffling, augmentation and dropout")
@@ -196,6 +216,9 @@ class Config:
     def to_yaml(self) -> str:
         """The configuration as YAML that is itself a valid `--config`."""
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
+
+
+SECTIONS = {"model": ModelConfig, "data": DataConfig, "augment": AugmentConfig, "checkpoint": CheckpointConfig}
 
 
 def _plain(value):
@@ -238,38 +261,56 @@ def check(tree: dict, origin: str) -> Config:
 def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
     """The command line of train.py as (configuration, run folder to resume or None).
 
-    `--help` prints the options with the chosen recipe's values as defaults and exits.
+    A resumed run has its own config.yaml for a recipe, unless --config names one; what differs is judged later, by
+    `runs.opened`. `--help` prints the options with the chosen recipe's values as defaults and exits.
 
     Raises:
         UserError: an option or value that does not exist (the nearest valid one is named) or is out of range.
     """
     argv = sys.argv[1:] if argv is None else argv
     first = _QuietParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, default=None)
-    first.add_argument("--resume", type=Path, default=None)
+    for name in ("--config", "--run_name", "--output_dir"):
+        first.add_argument(name)
+    first.add_argument("--resume", nargs="?", const="")
     chosen, _ = first.parse_known_args(argv)
 
-    if chosen.resume:
-        if not (chosen.resume / "config.yaml").is_file():
-            raise UserError(f"--resume: {chosen.resume} is not a run folder (it has no config.yaml)", USAGE)
-        if chosen.config:
-            raise UserError("a resumed run keeps its own configuration: leave out --config", USAGE)
-        path = chosen.resume / "config.yaml"
-    else:
-        path = chosen.config or DEFAULT_RECIPE
+    path = Path(chosen.config) if chosen.config else DEFAULT_RECIPE
+    run = None if chosen.resume is None else _run_to_resume(chosen, path)
+    if run and not chosen.config:
+        path = run / "config.yaml"
     tree = read_yaml(path)
-    if chosen.resume:  # its weights come from its checkpoint; what it once started from may be gone
-        tree["model"] = tree.get("model", {}) | {"pretrained": False, "weights": str(chosen.resume / "best")}
-    tree.setdefault("recipe", re.sub(r"[^\w.-]+", "-", path.stem))
+    tree.setdefault("recipe", _recipe_name(path))
 
     overrides = vars(_parser(tree, path).parse_args(argv))
     overrides.pop("config", None), overrides.pop("resume", None)
-    if chosen.resume and overrides:
-        given = ", ".join(f"--{name}" for name in overrides)
-        raise UserError(f"a resumed run keeps its own configuration: leave out {given}", USAGE)
     for dotted, text in overrides.items():
         _set(tree, dotted, text)
-    return check(tree, f"{path} and command line" if overrides else str(path)), chosen.resume
+    return check(tree, f"{path} and command line" if overrides else str(path)), run
+
+
+def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
+    """The run folder that --resume means: its own value, --run_name's, or the newest run of the recipe."""
+    if chosen.resume and chosen.run_name:
+        raise UserError("--resume: give a run folder or --run_name, not both", USAGE)
+    tree = read_yaml(recipe)
+    output_dir = Path(str(chosen.output_dir or tree.get("output_dir") or Config.output_dir)).expanduser()
+    name = str(tree.get("recipe") or _recipe_name(recipe))
+    if chosen.resume:
+        run = Path(chosen.resume).expanduser()
+    elif chosen.run_name:
+        run = output_dir / chosen.run_name
+    else:
+        known = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        run = next((path.parent for path in reversed(known) if read_yaml(path).get("recipe") == name), None)
+        if run is None:
+            raise UserError(f"--resume: {output_dir} holds no run of the recipe {name}; name one: --resume RUN", USAGE)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--resume: {run} is not a run folder (it has no config.yaml)", USAGE)
+    return run
+
+
+def _recipe_name(path: Path) -> str:
+    return re.sub(r"[^\w.-]+", "-", path.stem)
 
 
 class _QuietParser(argparse.ArgumentParser):
@@ -309,10 +350,12 @@ def _parser(tree: dict, path: Path) -> _Parser:
         "--config", type=Path, metavar="FILE", help="recipe to start from (default: recipes/resnet50.yaml)"
     )
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with this run folder from its last checkpoint"
+        "--resume",
+        nargs="?",
+        metavar="RUN",
+        help="go on from a run folder's newest checkpoint (default: the folder of --run_name, or this recipe's newest)",
     )
-    sections = {"run": Config, "model": ModelConfig, "data": DataConfig, "augment": AugmentConfig}
-    for name, cls in sections.items():
+    for name, cls in {"run": Config, **SECTIONS}.items():
         values = tree if name == "run" else tree.get(name)
         _add_group(parser, name, "" if name == "run" else f"{name}.", cls, values)
     phases = tree.get("phases")
@@ -346,6 +389,8 @@ def _metavar(annotation) -> str:
         return "|".join(options)
     if typing.get_origin(annotation) is tuple:
         return "NAMES"
+    if "auto" in typing.get_args(options[-1]):
+        return "INT|auto"
     return {bool: "true|false", int: "INT", float: "FLOAT"}.get(options[0], "TEXT")
 
 
@@ -386,9 +431,9 @@ def _explain(problem: dict) -> str:
 
 def _fields_at(location: list[str]) -> dict:
     """The fields of the section that an error's location lies in."""
-    sections = {"model": ModelConfig, "data": DataConfig, "augment": AugmentConfig, "environment": Environment}
     if not location:
         return Config.__pydantic_fields__
+    sections = SECTIONS | {"environment": Environment}
     return (PhaseConfig if location[0] == "phases" else sections.get(location[0], Config)).__pydantic_fields__
 
 

@@ -302,6 +302,13 @@ def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
     return (config.image_size, config.image_size) if config.image_size else data.size
 
 
+def facts(data: Data) -> dict:
+    """What a resumed run has to find unchanged, as far as it can be told without reading the images."""
+    splits = {"training rows": data.train, "validation rows": data.validation}
+    rows = {name: None if isinstance(split, IterableDataset) else len(split) for name, split in splits.items()}
+    return rows | {"classes": list(data.class_names), "first image's size": list(data.size)}
+
+
 def describe(data: Data, config: DataConfig) -> str:
     streamed = isinstance(data.train, IterableDataset)
     rows = "streamed" if streamed else f"{len(data.train)} training and {len(data.validation)} validation rows"

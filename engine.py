@@ -21,6 +21,7 @@ class Step:
     loss: Tensor  # mean over this process's share of the batch, in nats
     top1: Tensor  # accuracy on the same share, a fraction
     images: int  # of the whole batch, all processes together
+    unapplied: Tensor  # updates left out so far: this one and all since the first loss that was not finite
 
 
 def train_epoch(
@@ -38,12 +39,18 @@ def train_epoch(
     A batch is this process's share of the global batch. It goes through the model in pieces of `micro_batch_size`
     images whose gradients are accumulated; as the pieces are equal, the mean of their losses is the batch's loss.
 
+    A loss that is not finite, on any process, is noted on the device: neither its update nor any later one is applied,
+    so the weights stay what they were, and nobody has to wait for the device to tell. The caller reads
+    `Step.unapplied` when it likes, and stops. What fp16's gradient scaler leaves out is not counted: there the loss
+    is finite, and only its scaled gradients are not.
+
     Args:
         model, loader, optimizer: prepared by `accelerator`, whose `gradient_accumulation_steps` is the pieces' number.
         transform: uint8 (B, 3, H, W) to float32, augmented and normalised.
         clip_norm: limit of the gradients' global L2 norm.
     """
     train_mode(model)
+    bad = unapplied = torch.zeros((), device=accelerator.device)
     for batch in loader:
         pieces = zip(batch["image"].split(micro_batch_size), batch["label"].split(micro_batch_size), strict=True)
         done = []
@@ -51,16 +58,21 @@ def train_epoch(
             with accelerator.accumulate(model):
                 logits = model(transform(images))
                 losses = F.cross_entropy(logits, labels, reduction="none")
-                accelerator.backward(losses.mean())
+                loss = losses.mean()
+                bad = accelerator.reduce((~loss.isfinite()).float()).maximum(bad)
+                # Once it is bad it stays so, and a gradient that is no number makes fp16's scaler skip the step too.
+                accelerator.backward(loss * torch.where(bad > 0, torch.nan, 1.0))
                 if clip_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+                optimizer.optimizer.found_inf = bad.clamp(max=1)  # torch's fused optimizers leave the step out if 1
                 optimizer.step()
                 optimizer.zero_grad()
             done.append(metrics.reduce(logits, labels, losses))
         losses, classes, labels = (torch.cat(part) for part in zip(*done, strict=True))
         metrics.add(losses, classes, labels)
         top1 = (classes[:, 0] == labels).float().mean()
-        yield Step(losses.mean(), top1, len(labels) * accelerator.num_processes)
+        unapplied = unapplied + (bad > 0)
+        yield Step(losses.mean(), top1, len(labels) * accelerator.num_processes, unapplied)
 
 
 @torch.inference_mode()

@@ -3,17 +3,34 @@
 import contextlib
 import os
 import sys
+import traceback
 
 USAGE = 2  # the command or the configuration is wrong: nothing was started
 RUN = 1  # the run itself failed: data, weights, the machine
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. `exit_code` is `USAGE` (2) or `RUN` (1)."""
+    """A mistake that the user can mend.
 
-    def __init__(self, message: str, exit_code: int = RUN):
+    Args:
+        exit_code: `USAGE` (2) or `RUN` (1).
+        shared: every process of the run meets this very error, so that one voice is enough.
+    """
+
+    prefix = "error: "
+
+    def __init__(self, message: str, exit_code: int = RUN, shared: bool = False):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.shared = exit_code, shared or exit_code == USAGE
+
+
+class Interrupted(UserError):
+    """The run was asked to stop by a signal. Its exit code is 128 + the signal's number, as a shell would give it."""
+
+    prefix = ""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message, 128 + number, shared=True)
 
 
 @contextlib.contextmanager
@@ -22,12 +39,18 @@ def told():
     try:
         yield
     except UserError as error:
-        # Every process meets a wrong command line, and one voice is enough; later errors may be of one rank alone.
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or error.exit_code != USAGE:
+        if rank == 0 or not error.shared:
             # An error from a loader's worker arrives as text that ends with the original one, below its traceback.
             text = str(error).rpartition("UserError: ")[2].strip()
-            print(f"[rank {rank}] error: {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
+            print(f"[rank {rank}] " * (rank > 0) + error.prefix + text, file=sys.stderr, flush=True)
+        # Loaders that the traceback holds would keep their workers alive until the very end of the interpreter.
+        traceback.clear_frames(error.__traceback__)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without what follows its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -28,13 +28,14 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def check(config: Config) -> None:
+def check(config: Config, resume: Path | None = None) -> None:
     """Go offline, with a line that says so, if this run wants something from the hub and the hub does not answer.
 
     Raises:
         UserError: it does not answer, and a look at the cache's folders shows that what is wanted can't be there.
     """
     wants_data, wants_weights = config.data.kind == "hub", config.model.pretrained and not config.model.weights
+    wants_weights = wants_weights and not (resume and any(resume.glob("checkpoints/[0-9]*")))  # it has its own
     if offline() or not (wants_data or wants_weights) or _answers():
         return
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,11 +1,12 @@
 """The Accelerator, and what to check about how we were launched before anything is trained on it."""
 
+import contextlib
 import os
 import platform
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 import data
 from config import Config, Environment
@@ -41,6 +42,32 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+@contextlib.contextmanager
+def together(accelerator: Accelerator):
+    """Around work that one process does or may fail at: a `UserError` in one of them is raised in all.
+
+    Nothing inside may wait for the other processes.
+    """
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    failed = next((one for one in gather_object([error]) if one), None)
+    if failed:
+        raise UserError(str(failed), failed.exit_code, shared=True) from error
+
+
+def agreed(accelerator: Accelerator, value):
+    """The largest of all processes' values, on every process. Waits for them, so not for each step."""
+    return value if accelerator.num_processes == 1 else max(gather_object([value]))
+
+
+def from_main(accelerator: Accelerator, value):
+    """The main process's value, on every process."""
+    return broadcast_object_list([value])[0]
+
+
 def environment(accelerator: Accelerator) -> Environment:
     """What config.yaml records of the surroundings."""
     from importlib.metadata import version
@@ -50,28 +77,51 @@ def environment(accelerator: Accelerator) -> Environment:
     return Environment(
         mixed_precision=accelerator.mixed_precision,
         processes=accelerator.num_processes,
-        device=torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
+        device_type=accelerator.device.type,
+        device=torch.cuda.get_device_name() if on_gpu else platform.machine(),
         versions={"python": platform.python_version()} | {name: version(name) for name in names},
     )
 
 
-def check_same(recorded: Environment | None, accelerator: Accelerator) -> None:
-    """UserError if a run would be resumed with other processes, precision or device than it was started with."""
+def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[str]:
+    """Compare the surroundings of a resumed run with those it was started in; the differences that it survives.
+
+    Raises:
+        UserError: other processes, another precision or kind of device: the random states would not fit.
+    """
+    if recorded is None:
+        return []
     now = environment(accelerator)
-    for name in ("processes", "mixed_precision", "device"):
-        before = getattr(recorded, name, None)
-        if recorded and before != getattr(now, name):
-            raise UserError(f"--resume: the run was started with {name} {before}, not {getattr(now, name)}", USAGE)
+    for name in ("processes", "mixed_precision", "device_type"):
+        before, after = getattr(recorded, name), getattr(now, name)
+        if before != after:
+            raise UserError(f"--resume: the run was started with {name} {before}, not {after}", USAGE)
+    before, after = recorded.versions | {"device": recorded.device}, now.versions | {"device": now.device}
+    return [
+        f"{name} is {after[name]}, not {before[name]}: the rest of the run may differ in the last digits"
+        for name in after
+        if before.get(name) != after[name]
+    ]
+
+
+def own_generators(*loaders) -> None:
+    """Let prepared loaders draw their workers' seeds from a generator of their own.
+
+    Otherwise each pass over a loader would move the random state that augmentation and dropout draw from, and a run
+    resumed in mid-epoch would not be the uninterrupted one. Set on prepared loaders, as Accelerate drops it on the way.
+    """
+    for loader in loaders:
+        loader.base_dataloader.generator = torch.Generator()
 
 
 def share_of_batch(config: Config, accelerator: Accelerator) -> tuple[int, int]:
-    """Images per process and step, and per forward pass; sets the Accelerator's accumulation accordingly.
+    """Images per process and step, and per forward pass (with micro_batch_size 'auto': the whole share, to begin with).
 
     Raises:
         UserError: the global batch can't be shared out equally; the nearest sizes that can are named.
     """
     total, processes = config.data.batch_size, accelerator.num_processes
-    micro = config.data.micro_batch_size
+    micro = None if config.data.micro_batch_size == "auto" else config.data.micro_batch_size
     unit = processes * (micro or 1)
     if micro and micro * processes > total:
         raise UserError(
@@ -84,6 +134,4 @@ def share_of_batch(config: Config, accelerator: Accelerator) -> tuple[int, int]:
         raise UserError(
             f"data.batch_size: {total} is no multiple of {processes} process(es){pieces}; nearest: {nearest}", USAGE
         )
-    share = total // processes
-    accelerator.gradient_accumulation_steps = share // (micro or share)
-    return share, micro or share
+    return total // processes, micro or total // processes

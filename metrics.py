@@ -53,6 +53,8 @@ class Classification:
     What is collected stays on the device, so that no step has to wait for it.
     """
 
+    PARTS = ("losses", "classes", "labels")
+
     def __init__(self):
         self.metrics = [TopKAccuracy(1, keep_in_memory=True), TopKAccuracy(5, keep_in_memory=True)]
         self.loss = MeanLoss(keep_in_memory=True)
@@ -65,6 +67,13 @@ class Classification:
 
     def add(self, losses: Tensor, classes: Tensor, labels: Tensor) -> None:
         self.rows.append((losses, classes, labels))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows added so far: `losses` (N,), `classes` (N, 5), `labels` (N,); nothing if there are none."""
+        return {name: torch.cat(part) for name, part in zip(self.PARTS, zip(*self.rows, strict=True), strict=False)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.rows = [tuple(state[name] for name in self.PARTS)] if state else []
 
     def compute(self, gather=lambda rows: rows) -> dict[str, float]:
         """The figures of all rows added since the last call.

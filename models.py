@@ -4,6 +4,7 @@ The project's own networks are registered with timm, so that every model comes f
 best/ folder loads anywhere that this file is imported (a plain timm backbone needs timm alone).
 """
 
+import dataclasses
 import difflib
 import json
 from pathlib import Path
@@ -136,6 +137,11 @@ def check(config: ModelConfig) -> None:
         names = ("model.safetensors", "pytorch_model.bin")
         if not any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
             raise hub.unreachable(f"timm's pretrained {config.name}")
+
+
+def without_weights(config: ModelConfig) -> ModelConfig:
+    """The same model for a resumed run, whose checkpoint has all weights: what it once started from may be gone."""
+    return dataclasses.replace(config, pretrained=False, weights=None)
 
 
 def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -> tuple[nn.Module, str]:

@@ -1,6 +1,7 @@
 """The rules of a phase: optimizer, learning-rate schedule, early stopping; and the state of a run that outlives it."""
 
 import math
+import uuid
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
@@ -21,9 +22,11 @@ def cosine(epoch: int, epochs: int) -> float:
 def make_optimizer(phase: PhaseConfig, model: nn.Module) -> Optimizer:
     """A new optimizer over the parameters that train in this phase."""
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Fused optimizers can be told on the device to leave a step out (engine.py: a loss that is not finite).
+    options = {"lr": phase.lr, "weight_decay": phase.weight_decay, "fused": True}
     if phase.optimizer == "sgd":
-        return SGD(training, lr=phase.lr, momentum=phase.momentum, weight_decay=phase.weight_decay)
-    return {"adam": Adam, "adamw": AdamW}[phase.optimizer](training, lr=phase.lr, weight_decay=phase.weight_decay)
+        return SGD(training, momentum=phase.momentum, **options)
+    return {"adam": Adam, "adamw": AdamW}[phase.optimizer](training, **options)
 
 
 class Schedule:
@@ -81,17 +84,24 @@ class RunState:
     phase_epoch: int = 0  # epochs finished in it
     stopped: bool = False  # early
     epoch: int = 0  # epochs finished in all
+    epoch_step: int = 0  # optimizer steps in the epoch that has begun: the position in the data
     step: int = 0  # optimizer steps in all
     best_top1: float | None = None  # over the whole run, like the weights in best/
     best_epoch: int | None = None
     minutes: float = 0.0  # of training and validation so far
     schedule: dict = field(default_factory=dict)
     early_stopping: dict = field(default_factory=dict)
+    tracker_id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)  # W&B's name for the run
+
+    def end_step(self) -> None:
+        self.epoch_step += 1
+        self.step += 1
 
     def end_epoch(self, top1: float, seconds: float, schedule: Schedule, stopping: EarlyStopping) -> bool:
         """Take in a finished epoch's validation top-1; tell whether it is the run's best so far (a tie is not)."""
         self.epoch += 1
         self.phase_epoch += 1
+        self.epoch_step = 0
         self.minutes += seconds / 60
         self.stopped = stopping.step(top1)
         self.schedule, self.early_stopping = schedule.state_dict(), asdict(stopping)

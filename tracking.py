@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
-import math
 import netrc
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from checkpoint import write_whole
 from config import Config
 from engine import Step
-from errors import UserError
+from errors import UserError, first_line
+from launch import together
+from phases import RunState
 
 PROJECT = "phases"  # W&B's project
 WANDB_TIMEOUT = 15  # seconds that W&B may take to connect before the run goes on offline
@@ -23,36 +26,71 @@ READ_EVERY = 20  # steps between two looks at the loss: each one waits for the d
 
 
 class Tracking:
-    """The figures' way out of one run. Every process calls it; the main one writes.
+    """The figures' way out of one run, as a context. Every process calls it; the main one writes.
 
     Args:
-        epochs_done: epochs of history.jsonl to keep when a run is resumed; later ones will be trained again.
+        state: where the run is. Later epochs are taken out of history.jsonl, since they will be trained again, and W&B
+            goes on under the same id.
+
+    Raises:
+        UserError: history.jsonl lacks epochs that the run has finished.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, run: Path, epochs_done: int = 0):
+    def __init__(self, accelerator: Accelerator, config: Config, run: Path, state: RunState):
         self.accelerator = accelerator
         self.history = run / "history.jsonl"
-        if accelerator.is_main_process:
-            lines = self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else []
-            self.history.write_text("".join(f"{line}\n" for line in lines[:epochs_done]), encoding="utf-8")
-        if config.tracking == "wandb":
-            _start_wandb(accelerator, config, run)
+        with together(accelerator):
+            if accelerator.is_main_process:
+                lines = self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else []
+                if len(lines) < state.epoch:
+                    raise UserError(f"{self.history} holds {len(lines)} epochs, but {state.epoch} were finished")
+                write_whole(self.history, "".join(f"{line}\n" for line in lines[: state.epoch]))
+        self.last: tuple[Step, str, int] | None = None  # the newest step, its epoch's title, its number there
+        self.tracker_works = config.tracking == "wandb"
+        if self.tracker_works:
+            _start_wandb(accelerator, config, run, state.tracker_id)
 
-    def watch(self, steps: Iterator[Step], title: str, images: int | None) -> Iterator[Step]:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
+            self._tell_tracker(partial(tracker.tracker.finish, exit_code=int(kind is not None)))
+        self.accelerator.trackers.clear()
+        if kind is None:
+            self.accelerator.end_training()
+
+    def watch(self, steps: Iterator[Step], title: str, images: int | None, made: int = 0) -> Iterator[Step]:
         """Pass an epoch's steps on, with a progress bar on a terminal (`images` is its length, None if unknown).
+
+        Args:
+            made: steps of this epoch that were made before the run was resumed.
 
         Raises:
             UserError: the loss is no longer finite.
         """
         hidden = None if self.accelerator.is_main_process else True  # None: hidden unless on a terminal
         with tqdm(total=images, desc=title, unit=" images", leave=False, disable=hidden) as bar:
-            for number, step in enumerate(steps, start=1):
-                bar.update(step.images)
+            for number, step in enumerate(steps, start=made + 1):
+                self.last = (step, title, number)
+                bar.update(step.images if number > made + 1 else step.images * number)
                 if number % READ_EVERY == 1:
-                    loss, top1 = step.loss.item(), step.top1.item()
-                    bar.set_postfix(loss=f"{loss:.3f}", top1=f"{top1:.1%}")
-                    check_finite(loss, f"{title}, step {number} or just before")
+                    self.check_finite()
+                    bar.set_postfix(loss=f"{step.loss.item():.3f}", top1=f"{step.top1.item():.1%}")
                 yield step
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Wait for the device; UserError if the loss has not been finite since some step of this epoch."""
+        if self.last is None:
+            return
+        step, title, number = self.last
+        if unapplied := int(step.unapplied.item()):
+            raise UserError(
+                f"the loss is not finite in {title}, step {number - unapplied + 1}: no update was applied from there. "
+                f"Ways on: clip gradients (--resume {self.history.parent} --clip_norm 1), or start again at a lower lr",
+                shared=True,
+            )
 
     def epoch(self, row: dict, best: bool, total: int) -> None:
         """Record one finished epoch (a row of history.jsonl) and print its line."""
@@ -61,7 +99,7 @@ class Tracking:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        self.accelerator.log(row, step=row["epoch"])
+        self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"]))
         self.accelerator.print(
             f"epoch {row['epoch']:3d}/{total} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
@@ -71,25 +109,29 @@ class Tracking:
         )
 
     def finish(self, summary: dict) -> None:
-        """Write summary.json, hand it to the tracker, and close both."""
+        """Write summary.json and hand it to the tracker."""
         if self.accelerator.is_main_process:
-            path = self.history.with_name("summary.json")
-            path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        self.accelerator.log({key: value for key, value in summary.items() if isinstance(value, (int, float))})
-        self.accelerator.end_training()
+            write_whole(self.history.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
+        figures = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+        self._tell_tracker(lambda: self.accelerator.log(figures))
+
+    def _tell_tracker(self, tell) -> None:
+        """The tracker may die; training goes on without it, and says so once."""
+        if not self.tracker_works:
+            return
+        try:
+            tell()
+        except Exception as error:  # whatever W&B raises once its service is gone
+            self.tracker_works = False
+            print(f"W&B is gone ({first_line(error)}): training goes on; see {self.history}", file=sys.stderr)
 
 
-def check_finite(loss: float, where: str) -> None:
-    """UserError if the loss is no longer a number."""
-    if not math.isfinite(loss):
-        raise UserError(f"the loss became {loss} in {where}: lower the phase's lr, or clip gradients (--clip_norm 1)")
-
-
-def _start_wandb(accelerator: Accelerator, config: Config, run: Path) -> None:
+def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id: str) -> None:
     """Start W&B online if there is a key and an answer, otherwise offline, with one line that says how to sync."""
     import wandb
 
     options = {"name": run.name, "dir": str(run), "settings": wandb.Settings(init_timeout=WANDB_TIMEOUT, silent=True)}
+    options |= {"id": tracker_id, "resume": "allow"}
     values = json.loads(json.dumps(dataclasses.asdict(config)))
 
     def start():
@@ -105,7 +147,7 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path) -> None:
     try:
         start()
     except Exception as error:  # CommError, UsageError, AuthenticationError and others
-        go_offline(f"it can't be reached ({(str(error).strip() or type(error).__name__).splitlines()[0]})")
+        go_offline(f"it can't be reached ({first_line(error)})")
         accelerator.trackers.clear()  # of the half-made one, whose end would raise another error
         wandb.teardown()
         start()

@@ -1,0 +1,111 @@
+"""What can befall a run that is set up rightly: memory, disk, a worker, a process is gone. Told in a sentence each."""
+
+import contextlib
+import copy
+import errno
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+import models
+from config import Config
+from engine import train_mode
+from errors import UserError, first_line
+from launch import agreed
+from phases import make_optimizer
+
+
+@contextlib.contextmanager
+def told(way_on: str, accelerator: Accelerator, micro_batch_size: int):
+    """Turn the libraries' errors for such faults into a `UserError` that says the way on; let all others pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own type, or none: most are a RuntimeError with a text
+        text = str(error)
+        if should_reduce_batch_size(error):
+            device = accelerator.device.type
+            raise UserError(
+                f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
+                f"smaller --data.micro_batch_size (or auto; the batch size stays), --mixed_precision bf16; {way_on}"
+            ) from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+            raise UserError(
+                f"the disk is full: {first_line(error)}. What was written before is intact: make room, and {way_on}"
+            ) from error
+        if "DataLoader worker" in text:
+            raise UserError(
+                f"a loader's worker died ({first_line(error)}). If it was short of memory, use fewer --data.workers; "
+                f"{way_on}"
+            ) from error
+        if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
+            raise UserError(f"another process of this run is gone ({first_line(error)}); {way_on}") from error
+        raise
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket", "NCCL")
+
+
+def fitting_micro_batch(
+    accelerator: Accelerator, config: Config, model: nn.Module, transform: nn.Module, size: tuple[int, int], share: int
+) -> int:
+    """The largest micro-batch, from a process's share of the batch downwards, whose step fits in every phase.
+
+    Tried on a copy of the model, which is thrown away with everything that was drawn and computed. The processes don't
+    talk to each other within a try, and agree after it.
+
+    Args:
+        transform: uint8 (B, 3, H, W) to what the model sees.
+        size: height and width in pixels of what the model sees.
+        share: images per process and step.
+
+    Raises:
+        UserError: not even one image fits.
+    """
+    tried = share
+
+    def smaller() -> int:
+        nonlocal tried
+        tried = max((part for part in range(1, tried // 2 + 1) if share % part == 0), default=0)
+        return tried
+
+    @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=smaller)
+    def fit(micro_batch_size: int) -> int:
+        error = None
+        try:
+            for phase in config.phases.values():
+                _try_step(accelerator, model, phase, transform, (micro_batch_size, 3, *size))
+        except Exception as raised:
+            if not should_reduce_batch_size(raised):
+                raise
+            error = raised.with_traceback(None)  # which holds the tensors that did not fit
+        if agreed(accelerator, error is not None):
+            raise error or torch.OutOfMemoryError("CUDA out of memory. (on another process)")
+        return micro_batch_size
+
+    try:
+        return fit()
+    except RuntimeError as error:
+        if "reached zero" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory: not even one image fits through {config.model.name} on {accelerator.device.type}"
+        ) from error
+
+
+def _try_step(accelerator: Accelerator, model: nn.Module, phase, transform: nn.Module, shape) -> None:
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        trial = copy.deepcopy(model).to(accelerator.device)
+        models.freeze_all_but(trial, phase.modules)
+        train_mode(trial)
+        optimizer = make_optimizer(phase, trial)
+        images = transform(torch.zeros(shape, dtype=torch.uint8, device=accelerator.device))
+        with accelerator.autocast():
+            loss = trial(images).float().logsumexp(1).mean()
+        loss.backward()
+        optimizer.step()

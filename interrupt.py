@@ -1,0 +1,67 @@
+"""SIGTERM, SIGINT (Ctrl-C), SIGUSR1 as a wish to stop: noted at once, obeyed after a step, when the run can be saved.
+
+A launcher that is gone counts as SIGTERM: `accelerate launch` passes no signal on, and who ends it alone does not want
+its training to go on unseen.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+
+from accelerate import Accelerator
+
+from errors import Interrupted
+from launch import agreed
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+AGREE_EVERY = 20  # steps after which several processes look whether one of them has got a signal
+DOUBLED = 2  # seconds within which a second Ctrl-C is taken for the launcher's copy of the first
+
+
+class Interrupt:
+    """A context in which the signals are noted; `check` raises `Interrupted` when one has come.
+
+    Args:
+        way_on: what to do next, for the message.
+    """
+
+    def __init__(self, accelerator: Accelerator, way_on: str):
+        self.accelerator, self.way_on = accelerator, way_on
+        self.number, self.noted, self.checks = 0, 0.0, 0
+        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        self.launcher = os.getppid() if launched else None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        if not self.number:
+            self.number, self.noted = number, time.monotonic()
+            if self.accelerator.is_main_process:
+                os.write(sys.__stderr__.fileno(), f"\n{signal.Signals(number).name}: finishing this step\n".encode())
+        elif number == signal.SIGINT and time.monotonic() - self.noted > DOUBLED:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Once per step, on every process: raise `Interrupted`, on all at the same step, if one has got a signal."""
+        if self.launcher and os.getppid() != self.launcher:
+            self.number = self.number or signal.SIGTERM
+        self.checks += 1
+        if self.accelerator.num_processes > 1 and self.checks % AGREE_EVERY:
+            return
+        number = agreed(self.accelerator, self.number)
+        if number:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}; {self.way_on}", number)
+
+    def watch(self, batches) -> Iterator:
+        """Pass batches on, checking before each."""
+        for batch in batches:
+            self.check()
+            yield batch

@@ -1,0 +1,142 @@
+"""The folder of a run: made once, owned by one process at a time, gone on with under the same configuration."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+
+import launch
+from checkpoint import write_whole
+from config import Config, check, read_yaml
+from errors import USAGE, UserError
+
+# What a resumed run may take from the command line: nothing that has left its mark on the weights. Phases that have not
+# begun are free too.
+FREE = ("checkpoint.", "clip_norm", "data.micro_batch_size", "data.workers", "output_dir", "run_name", "tracking")
+
+
+@contextlib.contextmanager
+def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Iterator[Path]:
+    """The run's folder, with its config.yaml, locked for as long as the context lasts or its owner lives.
+
+    A new folder that an error leaves without an epoch and a checkpoint is removed again. Every process calls this.
+
+    Raises:
+        UserError: the folder of a new run exists, or can't be made or seen; or another process has it.
+    """
+    name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = resume or Path(launch.from_main(accelerator, str(Path(config.output_dir).expanduser() / name)))
+    lock, folder_made = FileLock(run / "checkpoints" / ".lock", blocking=False), not run.parent.exists()
+    with launch.together(accelerator):
+        if accelerator.is_main_process:
+            if not resume:
+                _make(run, config, launch.environment(accelerator))
+            _take(lock, run)
+    with launch.together(accelerator):
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
+    try:
+        yield run
+    except BaseException:
+        worth_keeping = (run / "history.jsonl", *run.glob("checkpoints/[0-9]*"))
+        if accelerator.is_main_process and not resume and not any(_size(path) for path in worth_keeping):
+            shutil.rmtree(run, ignore_errors=True)
+            if folder_made:
+                run.parent.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+def _make(run: Path, config: Config, environment) -> None:
+    """Make the folder with its config.yaml in it, or nothing at all."""
+    unfinished = run.with_name(f".{run.name}.{os.getpid()}")
+    try:
+        (unfinished / "checkpoints").mkdir(parents=True)
+        # Recorded without its name, so that the same configuration can be run again as it is.
+        settled = dataclasses.replace(config.data, streaming=config.data.streams)
+        config = dataclasses.replace(config, data=settled, run_name=None, environment=environment)
+        write_whole(unfinished / "config.yaml", config.to_yaml())
+        os.rename(unfinished, run)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if run.exists():
+            raise UserError(f"{run} exists: go on with --resume {run}, or choose another --run_name") from None
+        raise UserError(f"output_dir: {run} can't be made: {error.strerror}") from error
+
+
+def _take(lock: FileLock, run: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{run} is being trained by another process, which has it locked") from None
+    except OSError as error:
+        raise UserError(f"{run} can't be locked: {error.strerror}") from error
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: int) -> Config:
+    """Compare a resumed run's configuration with the one it was started with; print and record what changes.
+
+    Args:
+        begun: the number of phases that have begun; those after them may change.
+
+    Returns:
+        The configuration to go on with.
+
+    Raises:
+        UserError: something differs that has left its mark on the weights; both values are named.
+    """
+    path = run / "config.yaml"
+    before = check(read_yaml(path), str(path))
+    notes = launch.check_same(before.environment, accelerator)
+    micro = config.data.micro_batch_size if config.data.micro_batch_size != "auto" else before.data.micro_batch_size
+    data = dataclasses.replace(config.data, streaming=config.data.streams, micro_batch_size=micro)
+    config = dataclasses.replace(config, data=data, environment=before.environment)
+
+    names = list(before.phases)[:begun]
+    if names != list(config.phases)[:begun]:
+        raise UserError(f"--resume: {', '.join(names)} have begun, but now it is {', '.join(config.phases)}", USAGE)
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
+    for field in sorted(old.keys() | new.keys()):
+        was, now = old.get(field), new.get(field)
+        if was == now or field.startswith(("environment.", "recipe")):
+            continue
+        section, _, rest = field.partition(".")
+        if not field.startswith(FREE) and (section != "phases" or rest.split(".")[0] in names):
+            raise UserError(
+                f"--resume: {field} was {json.dumps(was)} and can't become {json.dumps(now)} in mid-run; leave it "
+                "out, or start a new run",
+                USAGE,
+            )
+        if field not in ("output_dir", "run_name"):
+            notes.append(f"{field} changes from {json.dumps(was)} to {json.dumps(now)}")
+    for note in notes:
+        accelerator.print(f"resumed: {note}")
+    return record(accelerator, config, run)
+
+
+def record(accelerator: Accelerator, config: Config, run: Path, **settled) -> Config:
+    """Write the configuration into the run folder; `settled` replaces values of its data section."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **settled))
+    if accelerator.is_main_process:
+        write_whole(run / "config.yaml", dataclasses.replace(config, run_name=None).to_yaml())
+    return config
+
+
+def _flat(tree: dict, prefix: str = "") -> dict:
+    """{"data": {"fold": 0}} as {"data.fold": 0}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
