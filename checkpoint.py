@@ -10,6 +10,7 @@ Nothing here unpickles foreign objects.
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import sys
@@ -180,7 +181,8 @@ def _fault(folder: Path) -> str | None:
         return "manifest.json is missing or damaged"
     if names != sorted(files):
         return f"{', '.join(sorted(set(names) ^ set(files)))} missing, or not in its manifest"
-    return next((f"{name} is not what was written" for name in names if _digest(files[name]) != manifest[name]), None)
+    changed = (name for name in names if _digest(files[name]) != manifest[name])
+    return next((f"{name} is not what manifest.json says" for name in changed), None)
 
 
 def _to_disk(path: Path) -> None:
@@ -219,9 +221,13 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     # best/ may be ahead, of an epoch that will be trained again.
     if accelerator.is_main_process and (path / "best").is_dir():
         _put_in_place(path / "best", run / "best", shutil.copyfile)
-    accelerator.load_state(str(path))
     states = path / f"random_states_{accelerator.process_index}.pkl"
-    if not states.is_file() or not _random_states_are(load_safely(states)):
+    try:
+        accelerator.load_state(str(path))
+        restored = states.is_file() and _random_states_are(load_safely(states))
+    except pickle.UnpicklingError as error:  # Accelerate loads with weights_only
+        raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error
+    if not restored:
         raise UserError(
             f"--resume: {path} has no fitting random states for process {accelerator.process_index}: resume with as "
             "many processes, and devices of the same kind and number, as the run was started with"

@@ -2,6 +2,7 @@
 
 import math
 import uuid
+import warnings
 from dataclasses import asdict, dataclass, field
 
 from torch import nn
@@ -45,7 +46,9 @@ class Schedule:
 
     def step(self, top1: float) -> None:
         """End of an epoch that reached this validation top-1 (the same figure on every process)."""
-        self.torch.step(top1) if self.wants_metric else self.torch.step()
+        with warnings.catch_warnings():  # torch misses an optimizer step if a run was resumed at an epoch's end
+            warnings.filterwarnings("ignore", message="Detected call of")
+            self.torch.step(top1) if self.wants_metric else self.torch.step()
 
     def state_dict(self) -> dict:
         """Plain values, fit for JSON."""

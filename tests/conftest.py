@@ -10,6 +10,7 @@ from pathlib import Path
 CACHE = tempfile.mkdtemp(prefix="tests-cache-")
 os.environ |= {
     "HF_HOME": CACHE,
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait sleep: spinning ones bring a busy machine to a halt
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

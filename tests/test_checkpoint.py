@@ -1,20 +1,27 @@
 import json
+import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
 import checkpoint
+from checkpoint import Checkpoints
+from config import CheckpointConfig
 from errors import UserError
+from metrics import Classification
 from phases import RunState
 
 
 @pytest.fixture
-def prepared():
+def prepared(tmp_path):
     accelerator = Accelerator(cpu=True)
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    return accelerator, *accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return accelerator, model, optimizer
 
 
 def step(model, optimizer):
@@ -23,58 +30,196 @@ def step(model, optimizer):
     optimizer.zero_grad()
 
 
-def test_what_is_saved_comes_back_random_state_included(prepared, tmp_path):
+def some_rows():
+    metrics = Classification()
+    metrics.add(torch.rand(3), torch.arange(15).view(3, 5), torch.tensor([0, 1, 2]))
+    return metrics
+
+
+def save(accelerator, run, metrics=None, keep=2, **state):
+    store = Checkpoints(accelerator, CheckpointConfig(keep=keep), run, {"data": {"rows": 7}})
+    store.save(RunState(**state), metrics or Classification())
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_what_is_saved_comes_back_random_states_and_the_epochs_rows_included(prepared, tmp_path):
     accelerator, model, optimizer = prepared
     step(model, optimizer)
-    checkpoint.save(accelerator, RunState(epoch=1, best_top1=0.25), tmp_path)
+    metrics = some_rows()
+    save(accelerator, tmp_path, metrics, epoch=1, epoch_step=3, step=9, best_top1=0.25)
     expected = []
     for _ in range(2):
         step(model, optimizer)
-        expected.append((model.weight.detach().clone(), torch.rand(1)))
-    path, state = checkpoint.newest(tmp_path)
-    assert state == RunState(epoch=1, best_top1=0.25)
-    checkpoint.restore(accelerator, path)
+        expected.append((model.weight.detach().clone(), draws()))
+    saved = checkpoint.newest(accelerator, tmp_path)
+    assert saved.state == RunState(epoch=1, epoch_step=3, step=9, best_top1=0.25)
+    assert saved.facts == {"data": {"rows": 7}}
+    rows = checkpoint.restore(accelerator, saved, tmp_path)
     for weight, drawn in expected:
         step(model, optimizer)
         assert torch.equal(model.weight, weight)
-        assert torch.equal(torch.rand(1), drawn)
+        assert draws() == drawn
+    again = Classification()
+    again.load_state_dict(rows)
+    assert again.compute() == metrics.compute()
 
 
 def test_older_checkpoints_are_pruned_and_the_newest_is_found(prepared, tmp_path):
     accelerator, *_ = prepared
-    for epoch in (1, 2, 9, 10, 11):
-        checkpoint.save(accelerator, RunState(epoch=epoch), tmp_path)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["00010", "00011"]
-    assert checkpoint.newest(tmp_path)[1].epoch == 11
+    for epoch, number in ((0, 5), (1, 10), (1, 15), (9, 90), (10, 100)):
+        save(accelerator, tmp_path, epoch=epoch, step=number)
+    names = [path.name for path in checkpoint._folders(tmp_path)]
+    assert names == ["00009-000000090", "00010-000000100"]
+    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 10
+    save(accelerator, tmp_path, keep=1, epoch=11, step=110)
+    assert len(checkpoint._folders(tmp_path)) == 1
+
+
+def test_what_is_newer_than_the_checkpoint_that_was_resumed_is_pruned_too(prepared, tmp_path):
+    accelerator, *_ = prepared
+    for number in (4, 8):
+        save(accelerator, tmp_path, epoch=0, step=number)
+    (checkpoint._folders(tmp_path)[-1] / "model.safetensors").unlink()
+    save(accelerator, tmp_path, keep=1, epoch=0, step=6)
+    assert [path.name for path in checkpoint._folders(tmp_path)] == ["00000-000000006"]
 
 
 def test_an_unfinished_checkpoint_is_not_taken(prepared, tmp_path):
     accelerator, *_ = prepared
-    checkpoint.save(accelerator, RunState(epoch=1), tmp_path)
+    save(accelerator, tmp_path, epoch=1)
     accelerator.save_state(str(tmp_path / "checkpoints" / "unfinished"))
-    assert checkpoint.newest(tmp_path)[1].epoch == 1
-    checkpoint.save(accelerator, RunState(epoch=2), tmp_path)
-    assert checkpoint.newest(tmp_path)[1].epoch == 2
+    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 1
+    save(accelerator, tmp_path, epoch=2)
+    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 2
 
 
 def test_the_runs_state_is_json(prepared, tmp_path):
     accelerator, *_ = prepared
-    checkpoint.save(accelerator, RunState(epoch=3, minutes=1.5), tmp_path)
-    assert json.loads((tmp_path / "checkpoints" / "00003" / "state.json").read_text())["minutes"] == 1.5
+    save(accelerator, tmp_path, epoch=3, minutes=1.5)
+    content = json.loads((checkpoint._folders(tmp_path)[0] / "state.json").read_text())
+    assert content["state"]["minutes"] == 1.5
+    assert len(content["state"]["tracker_id"]) == 32
 
 
-def test_nothing_to_resume_and_nothing_left_to_do(tmp_path):
-    with pytest.raises(UserError, match="has no checkpoint yet"):
-        checkpoint.newest(tmp_path)
+def test_nothing_to_resume_and_nothing_left_to_do(prepared, tmp_path):
+    accelerator, *_ = prepared
+    assert checkpoint.newest(accelerator, tmp_path) is None
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is finished"):
-        checkpoint.newest(tmp_path)
+        checkpoint.newest(accelerator, tmp_path)
+
+
+# ---- torn checkpoints -------------------------------------------------------------------------------------------
+
+FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl", "state.json", "epoch_0.safetensors",
+         "best/model.safetensors", "best/config.json", "manifest.json")  # fmt: skip
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(3, 2)
+    accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    (run / "best").mkdir()
+    for epoch in (1, 2):
+        for name in checkpoint.BEST:
+            (run / "best" / name).write_text(f"best of epoch {epoch}")
+        save(accelerator, run, some_rows(), epoch=epoch)
+    return run
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "missing"]
+)
+@pytest.mark.parametrize("name", FILES)
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(two_checkpoints, tmp_path, capsys, name, damage):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    older, newer = checkpoint._folders(run)
+    assert {path.relative_to(newer).as_posix() for path in newer.rglob("*") if path.is_file()} == set(FILES)
+    damage(newer / name)
+    saved = checkpoint.newest(Accelerator(cpu=True), run)
+    assert (saved.path, saved.state.epoch) == (older, 1)
+    told = capsys.readouterr().err
+    assert str(newer) in told and name in told and len(told.splitlines()) == 1
+
+    damage(older / name)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"no checkpoint of .* is whole") as caught:
+        checkpoint.newest(Accelerator(cpu=True), run)
+    assert str(older) in str(caught.value) and str(newer) in str(caught.value)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, "nothing is overwritten"
+
+
+def test_every_single_bit_of_the_manifest_counts(two_checkpoints, tmp_path):
+    """The manifest has no checksum of its own: no flipped bit may leave it valid."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    newer = checkpoint._folders(run)[-1]
+    manifest = newer / "manifest.json"
+    whole = manifest.read_bytes()
+    assert checkpoint._fault(newer) is None
+    for position in range(0, len(whole), 3):
+        for bit in (0, 3, 5):
+            content = bytearray(whole)
+            content[position] ^= 1 << bit
+            manifest.write_bytes(content)
+            assert checkpoint._fault(newer), (position, bit)
+
+
+def test_a_file_that_nobody_wrote_there_makes_a_checkpoint_torn(two_checkpoints, tmp_path):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    (checkpoint._folders(run)[-1] / "scheduler.bin").write_bytes(b"x")
+    assert "scheduler.bin" in checkpoint._fault(checkpoint._folders(run)[-1])
+
+
+def test_best_goes_back_to_what_it_was_at_the_checkpoint(prepared, tmp_path):
+    """An epoch that is trained again may have written a better one already."""
+    accelerator, *_ = prepared
+    (tmp_path / "best").mkdir()
+    for name in checkpoint.BEST:
+        (tmp_path / "best" / name).write_text("then")
+    save(accelerator, tmp_path, epoch=1)
+    for name in checkpoint.BEST:
+        (tmp_path / "best" / name).write_text("later")
+    checkpoint.restore(accelerator, checkpoint.newest(accelerator, tmp_path), tmp_path)
+    assert {path.name: path.read_text() for path in (tmp_path / "best").iterdir()} == dict.fromkeys(
+        checkpoint.BEST, "then"
+    )
+
+
+def test_random_states_that_can_not_be_restored_are_an_error(prepared, tmp_path):
+    """Accelerate would go on without a word."""
+    accelerator, *_ = prepared
+    save(accelerator, tmp_path, epoch=1)
+    saved = checkpoint.newest(accelerator, tmp_path)
+    path = saved.path / "random_states_0.pkl"
+    states = checkpoint.load_safely(path)
+    for wrong in (dict(states, torch_manual_seed=torch.zeros(3, dtype=torch.uint8)), dict(states, random_state=None)):
+        torch.save(wrong, path)
+        with pytest.raises(UserError, match="no fitting random states for process 0"):
+            checkpoint.restore(accelerator, saved, tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match="no fitting random states for process 0"):
+        checkpoint.restore(accelerator, saved, tmp_path)
 
 
 def test_a_pickle_that_would_run_code_is_refused(prepared, tmp_path):
     accelerator, *_ = prepared
-    checkpoint.save(accelerator, RunState(epoch=1), tmp_path)
-    path, _ = checkpoint.newest(tmp_path)
+    save(accelerator, tmp_path, epoch=1)
+    saved = checkpoint.newest(accelerator, tmp_path)
     witness = tmp_path / "witness"
 
     class Payload:
@@ -82,9 +227,24 @@ def test_a_pickle_that_would_run_code_is_refused(prepared, tmp_path):
             return (open, (str(witness), "w"))
 
     for name in ("optimizer.bin", "random_states_0.pkl"):
-        good = (path / name).read_bytes()
-        torch.save(Payload(), path / name)
-        with pytest.raises(Exception, match=r"weights_only|Weights only"):
-            checkpoint.restore(accelerator, path)
+        good = (saved.path / name).read_bytes()
+        torch.save(Payload(), saved.path / name)
+        (saved.path / "manifest.json").unlink()
+        checkpoint._seal(saved.path)  # an attacker can write manifests, too
+        with pytest.raises(UserError, match="holds a pickle that could run code"):
+            checkpoint.restore(accelerator, checkpoint.newest(accelerator, tmp_path), tmp_path)
         assert not witness.exists()
-        (path / name).write_bytes(good)
+        (saved.path / name).write_bytes(good)
+
+
+# ---- when -------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_due_by_steps_and_by_minutes(prepared, tmp_path, monkeypatch):
+    accelerator, *_ = prepared
+    by_steps = Checkpoints(accelerator, CheckpointConfig(every_steps=4, every_minutes=None), tmp_path, {})
+    assert [number for number in range(1, 13) if by_steps.due(RunState(step=number))] == [4, 8, 12]
+    clock = iter([0.0, 100.0, 119.0, 120.0])
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
+    by_minutes = Checkpoints(accelerator, CheckpointConfig(every_minutes=2), tmp_path, {})
+    assert [by_minutes.due(RunState(step=number)) for number in (1, 2, 3)] == [False, False, True]

@@ -1,0 +1,200 @@
+"""A run that was stopped or killed and resumed is the uninterrupted one, byte for byte."""
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT, phase
+from test_train import untimed
+
+import checkpoint
+import train
+from errors import Interrupted, UserError
+
+PHASES = {
+    "head": phase(modules="head", epochs=2, lr=1e-2, schedule="plateau"),
+    "finetune": phase(modules="layer4,head", epochs=2, lr=1e-2, schedule="cosine"),
+}
+STEPS = 9  # an epoch's
+
+
+def fresh():
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def assert_same(run, whole):
+    assert untimed(run) == untimed(whole)
+    for name in ("best/model.safetensors", "best/config.json"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
+    for summary in summaries:
+        summary.pop("minutes")
+    assert summaries[0] == summaries[1]
+
+
+def stop_at(monkeypatch, number, step=None, batch=None):
+    """Send this process a signal at a step of the run, or at a batch of a validation, counted over the whole run."""
+    real_epoch, real_validate, made, seen = train.train_epoch, train.validate, [0], [0]
+
+    def train_epoch(*args):
+        for one in real_epoch(*args):
+            made[0] += 1
+            if made[0] == step:
+                os.kill(os.getpid(), number)
+            yield one
+
+    def watched(loader):
+        for one in loader:
+            seen[0] += 1
+            if seen[0] == batch:
+                os.kill(os.getpid(), number)
+            yield one
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    monkeypatch.setattr(train, "validate", lambda a, m, loader, t: real_validate(a, m, watched(loader), t))
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "streaming", "workers"),
+    [
+        (signal.SIGTERM, {"step": 3}, False, 0),
+        (signal.SIGINT, {"step": STEPS}, False, 1),  # the last step of an epoch
+        (signal.SIGUSR1, {"step": 2 * STEPS + 7}, False, 0),  # in phase 2
+        (signal.SIGTERM, {"batch": 2}, False, 1),  # in the first validation
+        (signal.SIGTERM, {"step": STEPS + 4}, True, 0),
+        (signal.SIGTERM, {"step": 3 * STEPS + 1}, True, 1),
+        (signal.SIGTERM, {"batch": 4}, True, 0),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, number, place, streaming, workers):
+    config = make_config(PHASES, data={"streaming": streaming, "workers": workers})
+    whole = train.train(dataclasses.replace(config, run_name="whole"))
+    fresh()
+    with monkeypatch.context() as patch:
+        stop_at(patch, number, **place)
+        with pytest.raises(Interrupted, match=f"stopped by {number.name}; go on with: .* --resume .*/run") as caught:
+            train.train(config)
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) != train.Interrupt._note, "the handlers are what they were"
+    run = whole.with_name("run")
+    rows = len(untimed(run)) if (run / "history.jsonl").exists() else 0
+    epochs, steps = checkpoint._folders(run)[-1].name.split("-")
+    assert int(epochs) == rows
+    if "step" in place:
+        assert int(steps) == place["step"], "the step in which the signal came was finished, and none after it"
+    fresh()
+    train.train(config, resume=run)
+    assert_same(run, whole)
+
+
+def test_history_holds_no_epoch_twice_and_loses_none(make_config, monkeypatch):
+    """An epoch that was written down, but is not in the checkpoint, is trained again and its line replaced."""
+    config = make_config(PHASES)
+    whole = train.train(dataclasses.replace(config, run_name="whole"))
+    fresh()
+    real_save = checkpoint.Checkpoints.save
+
+    def dying_save(self, state, metrics):
+        if state.epoch == 3:
+            raise KeyboardInterrupt
+        real_save(self, state, metrics)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", dying_save)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config)
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", real_save)
+    run = whole.with_name("run")
+    assert [row["epoch"] for row in untimed(run)] == [1, 2, 3]
+    with (run / "history.jsonl").open("a") as file:
+        file.write('{"phase": "finetu')  # and a line that the disk has half of
+    fresh()
+    train.train(config, resume=run)
+    assert_same(run, whole)
+
+
+def test_history_that_has_lost_epochs_is_an_error(make_config, monkeypatch):
+    config = make_config(PHASES)
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=STEPS * 3)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    run = next(path for path in Path(config.output_dir).iterdir())
+    (run / "history.jsonl").write_text("")
+    fresh()
+    with pytest.raises(UserError, match=r"history.jsonl holds 0 epochs, but 2 were finished"):
+        train.train(config, resume=run)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(make_config):
+    config = make_config(PHASES)
+    whole = train.train(dataclasses.replace(config, run_name="whole"))
+    run = whole.with_name("run")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text((whole / "config.yaml").read_text())
+    fresh()
+    train.train(config, resume=run)
+    assert_same(run, whole)
+
+
+def test_a_resumed_run_needs_nothing_of_what_it_started_from(make_config, monkeypatch):
+    """Its weights may be gone; the normalisation that goes with them is in the checkpoint."""
+    first = train.train(make_config({"only": phase()}, run_name="first"))
+    described = first / "best" / "config.json"
+    changed = json.loads(described.read_text())
+    changed["pretrained_cfg"]["mean"] = [0.11, 0.22, 0.33]
+    described.write_text(json.dumps(changed))
+    config = make_config(PHASES, model={"weights": str(first / "best")})
+    fresh()
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=3)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    (first / "best" / "model.safetensors").unlink()
+    fresh()
+    run = train.train(config, resume=first.with_name("run"))
+    assert json.loads((run / "best" / "config.json").read_text())["pretrained_cfg"]["mean"] == [0.11, 0.22, 0.33]
+
+
+def test_data_that_have_changed_are_told(make_config, monkeypatch, image_rows, tmp_path):
+    (tmp_path / "data").mkdir()
+    image_rows(200).to_parquet(tmp_path / "data" / "train.parquet")
+    config = make_config(PHASES, data={"source": str(tmp_path / "data"), "test_split": None})
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=3)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    image_rows(190).to_parquet(tmp_path / "data" / "train.parquet")
+    fresh()
+    with pytest.raises(UserError, match=r"data have changed: training rows was \d+, and is \d+"):
+        train.train(config, resume=tmp_path / "runs" / "run")
+
+
+def test_a_finished_run_is_not_resumed(make_config):
+    run = train.train(make_config({"only": phase()}))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    fresh()
+    with pytest.raises(UserError, match="is finished"):
+        train.train(make_config({"only": phase()}), resume=run)
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+
+
+def kill(command, folder, kills, *options):
+    result = command(str(ROOT / "tests" / "killing.py"), str(folder), "--kills", str(kills), *options, timeout=1800)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout)["kills"] >= kills
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(command, tmp_path):
+    kill(command, tmp_path, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("data", ["mapped", "streamed"])
+def test_killed_at_25_random_moments(command, tmp_path, data, processes):
+    kill(command, tmp_path, 25, "--data", data, "--processes", processes)
