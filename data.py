@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,8 @@ import embedded
 import hub
 from config import DataConfig
 from errors import USAGE, UserError
+
+GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -345,9 +348,18 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
         # Not persistent: a loader draws a random number whenever it starts workers, and a resumed run has to draw as
         # often as an uninterrupted one.
         persistent_workers=False,
+        worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
         collate_fn=Collate(data.image, data.label, len(data.class_names), data.size, config.image_size),
     )
+
+
+def _outlive_signals(_worker: int) -> None:
+    """In a worker: a signal to the whole process group is the training's to obey, and it still has a step to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def images_in(prepared_loader) -> int | None:

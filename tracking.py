@@ -1,5 +1,6 @@
 """Where a run's figures go: history.jsonl always, W&B if wanted, and the console."""
 
+import contextlib
 import dataclasses
 import json
 import netrc
@@ -22,6 +23,7 @@ from phases import RunState
 
 PROJECT = "phases"  # W&B's project
 WANDB_TIMEOUT = 15  # seconds that W&B may take to connect before the run goes on offline
+WANDB_PATIENCE = 60  # seconds that a finished run waits for what W&B has not uploaded yet
 READ_EVERY = 20  # steps between two looks at the loss: each one waits for the device
 
 
@@ -54,8 +56,12 @@ class Tracking:
         return self
 
     def __exit__(self, kind, *_):
-        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else []:
-            self._tell_tracker(partial(tracker.tracker.finish, exit_code=int(kind is not None)))
+        if self.accelerator.trackers and self.accelerator.is_main_process:
+            import wandb
+
+            self._tell_tracker(partial(wandb.finish, exit_code=int(kind is not None)))
+            with contextlib.suppress(Exception):  # a service that is gone can't be closed; W&B would try again at exit
+                wandb.teardown()
         self.accelerator.trackers.clear()
         if kind is None:
             self.accelerator.end_training()
@@ -130,8 +136,10 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
     """Start W&B online if there is a key and an answer, otherwise offline, with one line that says how to sync."""
     import wandb
 
-    options = {"name": run.name, "dir": str(run), "settings": wandb.Settings(init_timeout=WANDB_TIMEOUT, silent=True)}
-    options |= {"id": tracker_id, "resume": "allow"}
+    settings = wandb.Settings(
+        init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_PATIENCE, finish_timeout_raises=True, silent=True
+    )
+    options = {"name": run.name, "dir": str(run), "settings": settings, "id": tracker_id, "resume": "allow"}
     values = json.loads(json.dumps(dataclasses.asdict(config)))
 
     def start():

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import models
@@ -192,3 +193,81 @@ def test_mixed_precision_holds_in_the_second_phase_too():
         model = unwrap(accelerator, prepared)
         assert "forward" not in vars(model), "wrapped once per phase, not once more in each"
     assert model(IMAGES[:2]).dtype == torch.float32
+
+
+# ---- a loss that is not finite ----------------------------------------------------------------------------------
+
+
+def poisoned(bad, rows=ROWS):
+    """The rows, those of some batches of 16 full of infinity."""
+    return [
+        {"image": row["image"] * (torch.inf if number // 16 in bad else 1), "label": row["label"]}
+        for number, row in enumerate(rows)
+    ]
+
+
+def run_steps(accelerator, bad, optimizer="adam", micro=16):
+    """Six steps; returns the model's parameters after each, and how many updates had been left out."""
+    model = make_model("simple_cnn")
+    phase = PhaseConfig(modules="all", epochs=1, lr=0.01, optimizer=optimizer)
+    prepared, optimizer, loader = accelerator.prepare(
+        model, make_optimizer(phase, model), DataLoader(poisoned(bad), batch_size=16)
+    )
+    steps = train_epoch(accelerator, prepared, loader, nn.Identity(), optimizer, Classification(), micro)
+    weights, unapplied = [], []
+    for step in steps:
+        weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+        unapplied.append(int(step.unapplied))
+    return weights, unapplied
+
+
+@pytest.mark.parametrize("micro", [16, 8])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_neither_a_bad_step_nor_any_after_it_is_applied(optimizer, micro):
+    weights, unapplied = run_steps(accelerator_of(16 // micro), {2}, optimizer, micro)
+    assert unapplied == [0, 0, 1, 2, 3, 4], "noted once and for good: the first bad step is the third"
+    assert not torch.equal(weights[0], weights[1])
+    assert all(torch.equal(later, weights[1]) for later in weights[2:])
+    assert weights[-1].isfinite().all()
+
+
+def scaled_accelerator(init_scale):
+    accelerator = accelerator_of()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    accelerator.native_amp = True
+    return accelerator
+
+
+def test_what_the_gradient_scaler_leaves_out_is_not_taken_for_it():
+    accelerator = scaled_accelerator(2.0**127)  # overflows, and is halved, at first
+    _, unapplied = run_steps(accelerator, set())
+    assert accelerator.scaler.get_scale() < 2.0**127, "it did leave steps out"
+    assert unapplied == [0] * 6
+
+
+def test_under_a_gradient_scaler_nothing_is_applied_after_a_bad_step():
+    weights, unapplied = run_steps(scaled_accelerator(2.0), {2})
+    assert unapplied == [0, 0, 1, 2, 3, 4]
+    assert all(torch.equal(later, weights[1]) for later in weights[2:])
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_no_step_waits_for_the_device():
+    """Reading a value of the device from Python is what waits; the whole epoch must do without."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "_local_scalar_dense" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    accelerator, model = accelerator_of(), make_model("simple_cnn")
+    phase = PhaseConfig(modules="all", epochs=1, lr=0.01)
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(phase, model))
+    batches = [{"image": IMAGES[:16], "label": torch.arange(16) % 4}] * 6
+    with Reads() as reads:
+        list(train_epoch(accelerator, prepared, batches, nn.Identity(), optimizer, Classification(), 8))
+        assert reads.count == 0
+        torch.ones(1).item()
+        assert reads.count == 1, "it does see one"

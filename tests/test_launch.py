@@ -96,7 +96,6 @@ def test_threads_are_all_cores_unless_the_user_says_otherwise(make_config, monke
 def test_the_batch_is_shared_out(make_config, values, share):
     accelerator = Accelerator(cpu=True)
     assert launch.share_of_batch(make_config(data=values), accelerator) == share
-    assert accelerator.gradient_accumulation_steps == share[0] // share[1]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 import tracking
 from engine import Step
 from errors import UserError
+from phases import RunState
 from tracking import Tracking
 
 ROW = {"phase": "head", "epoch": 1, "lr": 1e-3, "seconds": 3.0, "images_per_second": 99.0}
@@ -18,9 +19,9 @@ ROW |= {"train_loss": 1.0, "train_top1": 0.5, "train_top5": 0.9, "val_loss": 2.0
 
 @pytest.fixture
 def start(make_config, tmp_path):
-    def make(epochs_done=0, **values):
+    def make(state=None, **values):
         accelerator = Accelerator(cpu=True, log_with="wandb" if values.get("tracking") == "wandb" else None)
-        return Tracking(accelerator, make_config(**values), tmp_path, epochs_done)
+        return Tracking(accelerator, make_config(**values), tmp_path, state or RunState())
 
     return make
 
@@ -44,28 +45,48 @@ def test_a_resumed_history_forgets_the_epochs_that_are_trained_again(start, tmp_
     track = start()
     for epoch in (1, 2, 3):
         track.epoch(ROW | {"epoch": epoch}, best=False, total=3)
-    start(epochs_done=2)
+    start(RunState(epoch=2))
     assert [row["epoch"] for row in lines(tmp_path)] == [1, 2]
 
 
-def steps(losses):
-    return [Step(torch.tensor(loss), torch.tensor(0.5), 32) for loss in losses]
+def steps(count, bad_from=None):
+    bad = [0 if bad_from is None else max(0, number - bad_from + 1) for number in range(1, count + 1)]
+    return [Step(torch.tensor(1.0), torch.tensor(0.5), 32, torch.tensor(float(number))) for number in bad]
 
 
 def test_watching_passes_every_step_on(start):
-    watched = list(start().watch(iter(steps([1.0] * 50)), "phase head, epoch 1", images=1600))
+    watched = list(start().watch(iter(steps(50)), "phase head, epoch 1", images=1600))
     assert len(watched) == 50
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_is_told(start, bad):
-    losses = [1.0] * 30 + [bad] * 20
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) in phase head, epoch 1, step 41 or just before"):
-        list(start().watch(iter(steps(losses)), "phase head, epoch 1", images=None))
+@pytest.mark.parametrize(("count", "bad_from", "seen"), [(60, 27, 41), (30, 29, 30)])
+def test_a_loss_that_is_not_finite_stops_the_run_within_the_interval_and_names_its_step(start, count, bad_from, seen):
+    """Found when the loss is looked at next, or at the epoch's end; named is the step where it began."""
+    passed = []
+    message = rf"the loss is not finite in phase head, epoch 1, step {bad_from}: .* --clip_norm 1\), .* lower lr"
+    track = start()
+    with pytest.raises(UserError, match=message):
+        for step in track.watch(iter(steps(count, bad_from)), "phase head, epoch 1", images=None):
+            passed.append(step)
+    assert seen - 1 <= len(passed) <= seen
+
+
+def test_steps_of_a_resumed_epoch_are_numbered_on(start):
+    with pytest.raises(UserError, match="epoch 1, step 109: "):
+        list(start().watch(iter(steps(20, 9)), "phase head, epoch 1", images=None, made=100))
+
+
+def test_a_checkpoint_asks_whether_the_loss_is_finite(start):
+    track = start()
+    track.check_finite()
+    with pytest.raises(UserError, match="step 9: "):
+        for step in track.watch(iter(steps(19, 9)), "phase head, epoch 1", images=None):
+            if int(step.unapplied) == 3:
+                track.check_finite()
 
 
 def test_the_bar_shows_on_a_terminal_only(start, capsys):
-    list(start().watch(iter(steps([1.0] * 5)), "phase head, epoch 1", images=160))
+    list(start().watch(iter(steps(5)), "phase head, epoch 1", images=160))
     assert capsys.readouterr().err == ""
 
 
@@ -81,9 +102,9 @@ def no_account(monkeypatch, tmp_path):
 
 
 def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, no_account, capsys):
-    track = start(tracking="wandb")
-    track.epoch(ROW, best=True, total=1)
-    track.finish({"test_top1": 0.5})
+    with start(tracking="wandb") as track:
+        track.epoch(ROW, best=True, total=1)
+        track.finish({"test_top1": 0.5})
     err = capsys.readouterr().err
     assert f"W&B: there is no API key: offline. To upload later: wandb sync {tmp_path}/wandb/offline-run-*" in err
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
@@ -97,10 +118,22 @@ def test_wandb_that_can_not_be_reached_goes_offline_too(start, tmp_path, no_acco
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(tracking, "WANDB_TIMEOUT", 3)
-    track = start(tracking="wandb")
-    track.epoch(ROW, best=True, total=1)
-    track.finish({})
+    with start(tracking="wandb") as track:
+        track.epoch(ROW, best=True, total=1)
+        track.finish({})
     err = capsys.readouterr().err
     assert "W&B: it can't be reached (" in err
     assert "0" * 40 not in err
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_resumed_run_goes_on_under_the_same_id_in_wandb(start, tmp_path, no_account):
+    state = RunState()
+    for epoch in (1, 2):
+        with start(state, tracking="wandb") as track:
+            assert wandb.run.id == state.tracker_id
+            track.epoch(ROW | {"epoch": epoch}, best=True, total=2)
+            state.epoch = epoch
+        wandb.teardown()
+    ids = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
+    assert ids == {state.tracker_id}
