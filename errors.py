@@ -2,18 +2,28 @@
 
 import contextlib
 import os
+import re
 import sys
 
 USAGE = 2  # the command or the configuration is wrong: nothing was started
 RUN = 1  # the run itself failed: data, weights, the machine
 
 
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line breaks, terminal codes, broken UTF-8
+PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # user:password@ of a URL
+
+
 class UserError(Exception):
-    """A mistake that the user can mend. `exit_code` is `USAGE` (2) or `RUN` (1)."""
+    """A mistake that the user can mend, in one line. `exit_code` is `USAGE` (2) or `RUN` (1)."""
 
     def __init__(self, message: str, exit_code: int = RUN):
-        super().__init__(message)
+        super().__init__(plain(message))
         self.exit_code = exit_code
+
+
+def plain(text: str) -> str:
+    """Text for a terminal: on one line, without what terminals obey, without the passwords of URLs."""
+    return PASSWORD.sub("", UNPRINTABLE.sub(" ", text))
 
 
 @contextlib.contextmanager
