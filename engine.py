@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from metrics import Classification
+from metrics import IGNORED, Classification
 
 
 @dataclass
@@ -50,7 +50,7 @@ def train_epoch(
         for images, labels in pieces:
             with accelerator.accumulate(model):
                 logits = model(transform(images))
-                losses = F.cross_entropy(logits, labels, reduction="none")
+                losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
                 accelerator.backward(losses.mean())
                 if clip_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), clip_norm)
@@ -73,7 +73,7 @@ def validate(accelerator: Accelerator, model: nn.Module, loader, transform: nn.M
     metrics = Classification()
     for batch in loader:
         logits = model(transform(batch["image"]))
-        losses = F.cross_entropy(logits, batch["label"], reduction="none")
+        losses = F.cross_entropy(logits, batch["label"], ignore_index=IGNORED, reduction="none")
         # Batch by batch, because the last one is padded so that all processes have equally much.
         metrics.add(*accelerator.gather_for_metrics(metrics.reduce(logits, batch["label"], losses)))
     return metrics.compute()
