@@ -111,6 +111,10 @@ class DataConfig(_Section):
     shuffle_buffer: int = Field(
         10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
     )
+    on_corrupt: Literal["error", "skip"] = Field(
+        "error",
+        description="an image that can't be decoded ends the run, naming its row; skip: it is left out and counted",
+    )
     embedded_rows: int = Field(
         10_000, ge=200, description="training rows of the 'embedded' source; its test split has a fifth of them"
     )
