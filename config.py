@@ -219,6 +219,23 @@ class Config(_Section):
     )
     environment: Environment | None = None
 
+    def runs_folder(self) -> Path:
+        """`output_dir` as a path, which need not exist yet.
+
+        Raises:
+            UserError: it can't be a folder to write to: it lies below a file, or its owner does not let us.
+        """
+        try:
+            folder = Path(self.output_dir).expanduser()
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
+            raise UserError(f"output_dir: {self.output_dir} can't be used: {error}", USAGE) from None
+        if not there.is_dir():
+            raise UserError(f"output_dir: {there} is no folder", USAGE)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {folder} can't be written: no permission in {there}", USAGE)
+        return folder
+
     def to_yaml(self) -> str:
         """The configuration as YAML that is itself a valid `--config`."""
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False, allow_unicode=True)
