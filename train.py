@@ -20,6 +20,7 @@ if __name__ == "__main__":
         hub.check(CONFIG)  # and the libraries must know before they are imported whether there is a hub
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     saved, state = checkpoint.newest(resume) if resume else (None, RunState())
 
     models.check(config.model)
+    config.runs_folder()  # one that can't be written is told before data are read
     # Data come before the model: its head and its input depend on them.
     source = data.load(config.data)
     train_rows = data.loader(source, "train", config.data, share, config.seed)
@@ -126,6 +128,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
             row |= {f"train_{key}": value for key, value in trained.items()}
             row |= {f"val_{key}": value for key, value in validated.items()}
             row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
+            for what, figures in (("training", trained), ("validation", validated)):
+                if "corrupt" in figures:
+                    accelerator.print(f"{title}: {figures['corrupt']} {what} images skipped", file=sys.stderr)
             tracking.epoch(row, best, total=sum(phase.epochs for phase in config.phases.values()))
             if best and accelerator.is_main_process:
                 checkpoint.save_best(accelerator.unwrap_model(model), run)
@@ -156,7 +161,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
 def make_run_folder(accelerator: Accelerator, config: Config) -> Path:
     """Create the run's folder with its config.yaml and print the configuration; a run never writes into another's."""
     names = [config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    run = Path(config.output_dir).expanduser() / broadcast_object_list(names)[0]
+    run = config.runs_folder() / broadcast_object_list(names)[0]
     if accelerator.is_main_process:
         try:
             run.mkdir(parents=True)
