@@ -91,7 +91,8 @@ def phase_changes(run: Run) -> list[str]:
     """A sentence per phase change: validation top-1 in the epoch before and in the one after."""
     return [
         f"{_text(run.name)}: {_text(before['phase'])} -> {_text(after['phase'])}: "
-        f"validation top-1 {before['val_top1']:.1%} -> {after['val_top1']:.1%} in one epoch ({100 * (after['val_top1'] - before['val_top1']):+.1f} points)"
+        f"validation top-1 {before['val_top1']:.1%} -> {after['val_top1']:.1%} in one epoch "
+        f"({100 * (after['val_top1'] - before['val_top1']):+.1f} points)"
         for before, after in zip(run.history, run.history[1:], strict=False)
         if before["phase"] != after["phase"]
     ]
