@@ -130,7 +130,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
             for what, figures in (("training", trained), ("validation", validated)):
                 if "corrupt" in figures:
-                    accelerator.print(f"{title}: {figures['corrupt']} {what} images skipped", file=sys.stderr)
+                    accelerator.print(f"{title}: {figures['corrupt']} {what} images can't be decoded", file=sys.stderr)
             tracking.epoch(row, best, total=sum(phase.epochs for phase in config.phases.values()))
             if best and accelerator.is_main_process:
                 checkpoint.save_best(accelerator.unwrap_model(model), run)
