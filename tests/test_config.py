@@ -211,6 +211,7 @@ def config_or_one_line(argv: list[str]) -> None:
         parsed, _ = parse(argv)
         assert check(yaml.safe_load(parsed.to_yaml()), "its own") == parsed
         _ = parsed.data.streams
+        parsed.runs_folder()
     except UserError as error:
         assert error.exit_code == 2
         assert str(error).strip() and len(str(error).splitlines()) == 1
