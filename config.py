@@ -10,22 +10,36 @@ import argparse
 import dataclasses
 import difflib
 import glob
+import os
 import re
+import reprlib
 import sys
 import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticUndefined
 
-from errors import USAGE, UserError
+from errors import UNPRINTABLE, USAGE, UserError, plain
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
+PLAIN_NAME = r"^\w[\w.-]*$"  # of a folder, and of nothing above or below it
+SHORT = reprlib.Repr()  # of values in messages
+SHORT.maxstring = SHORT.maxother = 80
 
 
 def _split_commas(value):
@@ -40,10 +54,26 @@ def _whole_or_auto(value):
 
 MicroBatchSize = Annotated[int | Literal["auto"] | None, PlainValidator(_whole_or_auto)]
 ModuleNames = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+PhaseName = Annotated[str, Field(pattern=r"^[\w-]+$")]  # becomes part of options, and a cell of reports
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ModelConfig:
+class _Section:
+    """What holds for every field: `true` is no number (pydantic takes it for 1), and text can be printed."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value, info):
+        annotation = cls.__pydantic_fields__[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
+            raise ValueError("should not be true or false (nor yes, no, on, off: YAML reads them so; quote a text)")
+        if isinstance(value, str) and UNPRINTABLE.search(value):
+            raise ValueError("holds a character that can't be printed")
+        return value
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig(_Section):
     """Which network, and what it starts from (in this order: weights, pretrained, from scratch)."""
 
     name: str = Field("resnet50", description="any timm model, or simple_cnn, deep_cnn, resnet50_small_stem")
@@ -55,7 +85,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataConfig:
+class DataConfig(_Section):
     """Where the images come from and how they become batches."""
 
     source: str = Field(
@@ -99,6 +129,10 @@ class DataConfig:
     shuffle_buffer: int = Field(
         10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
     )
+    on_corrupt: Literal["error", "skip"] = Field(
+        "error",
+        description="an image that can't be decoded ends the run, naming its row; skip: it is left out and counted",
+    )
     embedded_rows: int = Field(
         10_000, ge=200, description="training rows of the 'embedded' source; its test split has a fifth of them"
     )
@@ -120,11 +154,12 @@ class DataConfig:
             return "embedded"
         try:
             path = Path(self.source).expanduser()
-        except RuntimeError as error:
-            raise UserError(f"data.source: {self.source}: {error}", USAGE) from None
-        if path.is_dir():
-            return "parquet" if next(path.rglob("*.parquet"), None) else "folder"
-        if glob.glob(str(path), recursive=True):
+            if path.is_dir():
+                return "parquet" if next(path.rglob("*.parquet"), None) else "folder"
+            found = glob.glob(str(path), recursive=True)
+        except (OSError, RuntimeError) as error:  # a name that is too long, a folder of others, an unknown ~user
+            raise UserError(f"data.source: {self.source} can't be read: {error}", USAGE) from None
+        if found:
             if path.suffix == ".parquet":
                 return "parquet"
             raise UserError(f"data.source: {self.source} is neither a folder nor .parquet files", USAGE)
@@ -139,7 +174,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AugmentConfig:
+class AugmentConfig(_Section):
     """What is done to training images, batched, on the device."""
 
     policy: Literal["report", "none"] = Field(
@@ -149,7 +184,7 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PhaseConfig:
+class PhaseConfig(_Section):
     """One phase of a run: which modules train, for how long, and how."""
 
     modules: ModuleNames = Field(
@@ -172,7 +207,7 @@ class PhaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CheckpointConfig:
+class CheckpointConfig(_Section):
     """When a run is saved, beside the end of each epoch and a signal to stop."""
 
     every_steps: int | None = Field(None, ge=1, description="optimizer steps between two checkpoints (default: off)")
@@ -181,7 +216,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Environment:
+class Environment(_Section):
     """What a run found around it. Recorded in config.yaml, never set here: precision and processes are Accelerate's."""
 
     mixed_precision: str
@@ -192,19 +227,19 @@ class Environment:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Config:
+class Config(_Section):
     """The whole configuration of a run."""
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    phases: dict[str, PhaseConfig] = Field(min_length=1)
+    phases: dict[PhaseName, PhaseConfig] = Field(min_length=1)
     clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, shuffling, augmentation and dropout")
-    recipe: str = "run"  # the recipe file's name, which the run is called after
+    recipe: str = Field("run", pattern=PLAIN_NAME)  # the recipe file's name, which the run is called after
     run_name: str | None = Field(
-        None, pattern=r"^[\w][\w.-]*$", description="folder of this run below output_dir (default: recipe and time)"
+        None, pattern=PLAIN_NAME, description="folder of this run below output_dir (default: recipe and time)"
     )
     output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
     tracking: Literal["wandb", "none"] = Field(
@@ -212,6 +247,23 @@ class Config:
         description="where figures go beside history.jsonl; wandb goes offline by itself without key or network",
     )
     environment: Environment | None = None
+
+    def runs_folder(self) -> Path:
+        """`output_dir` as a path, which need not exist yet.
+
+        Raises:
+            UserError: it can't be a folder to write to: it lies below a file, or its owner does not let us.
+        """
+        try:
+            folder = Path(self.output_dir).expanduser()
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
+            raise UserError(f"output_dir: {self.output_dir} can't be used: {error}", USAGE) from None
+        if not there.is_dir():
+            raise UserError(f"output_dir: {there} is no folder", USAGE)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {folder} can't be written: no permission in {there}", USAGE)
+        return folder
 
     def to_yaml(self) -> str:
         """The configuration as YAML that is itself a valid `--config`."""
@@ -230,15 +282,58 @@ def _plain(value):
 # ---- from files and command line to a checked Config ----------------------------------------------------------------
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as recipes mean it: a key is text and comes once, dates stay text, and nothing refers to something else.
+
+    Left alone PyYAML silently takes the last of two equal keys, and aliases of aliases make a small file huge.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise _malformed(self.peek_event(), "aliases (*name) are not read: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not key.tag.endswith((":str", ":merge")):
+                raise _malformed(key, f"the key {key.value if key.id == 'scalar' else ''} is not text: quote it")
+            if key.value in seen:
+                raise _malformed(key, f"the key '{key.value}' is there twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _malformed(node: yaml.Node | yaml.Event, problem: str) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _read(text: str):
+    """The plain values that a text means as YAML; YAMLError if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML lets through what `!!int x` or ten thousand brackets raise
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
 def read_yaml(path: Path) -> dict:
     """The tree of plain values in a YAML file; UserError names the file and, where it is malformed, the line."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _read(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
         hint = _nearest(path.stem, known) or f"recipes: {', '.join(known)}"
         raise UserError(f"--config: there is no file {path}; {hint}", USAGE) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"--config: {path} is not a text file in UTF-8", USAGE) from None
+    except (OSError, ValueError) as error:
         raise UserError(f"--config: {path} can't be read: {error}", USAGE) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -255,7 +350,8 @@ def check(tree: dict, origin: str) -> Config:
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
-        raise UserError(f"{origin}: " + "; ".join(lines), USAGE) from None
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise UserError(f"{origin}: " + "; ".join(lines[:5]) + more, USAGE) from None
 
 
 def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
@@ -293,10 +389,10 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
     if chosen.resume and chosen.run_name:
         raise UserError("--resume: give a run folder or --run_name, not both", USAGE)
     tree = read_yaml(recipe)
-    output_dir = Path(str(chosen.output_dir or tree.get("output_dir") or Config.output_dir)).expanduser()
+    output_dir = Path(os.path.expanduser(str(chosen.output_dir or tree.get("output_dir") or Config.output_dir)))
     name = str(tree.get("recipe") or _recipe_name(recipe))
     if chosen.resume:
-        run = Path(chosen.resume).expanduser()
+        run = Path(os.path.expanduser(chosen.resume))
     elif chosen.run_name:
         run = output_dir / chosen.run_name
     else:
@@ -304,13 +400,13 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
         run = next((path.parent for path in reversed(known) if read_yaml(path).get("recipe") == name), None)
         if run is None:
             raise UserError(f"--resume: {output_dir} holds no run of the recipe {name}; name one: --resume RUN", USAGE)
-    if not (run / "config.yaml").is_file():
+    if not os.path.isfile(run / "config.yaml"):  # pathlib's raises where a name is too long
         raise UserError(f"--resume: {run} is not a run folder (it has no config.yaml)", USAGE)
     return run
 
 
 def _recipe_name(path: Path) -> str:
-    return re.sub(r"[^\w.-]+", "-", path.stem)
+    return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-") or "run"
 
 
 class _QuietParser(argparse.ArgumentParser):
@@ -380,7 +476,17 @@ def _add_group(parser, title, prefix, cls, values):
 def _show(value) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_show, value))
+    return plain(value) if isinstance(value, str) else _quoted(value)
+
+
+def _quoted(value) -> str:
+    """A value as messages show it, cut where it is long."""
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # Python does not write out a number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _metavar(annotation) -> str:
@@ -404,14 +510,14 @@ def _set(tree: dict, dotted: str, text: str):
     field = _fields_at(dotted.split(".")[:-1])[name]
     try:
         # Text stays text: a run may be called 2026-11-23, or no.
-        tree[name] = text if field.annotation in (str, str | None) and text != "null" else yaml.safe_load(text)
+        tree[name] = text if field.annotation in (str, str | None) and text != "null" else _read(text)
     except yaml.YAMLError:
         tree[name] = text
 
 
 def _explain(problem: dict) -> str:
     """One pydantic error as one sentence in the words of this project."""
-    location = [str(part) for part in problem["loc"]]
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
     field, value = ".".join(location), problem["input"]
     fields = _fields_at(location[:-1])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -421,12 +527,14 @@ def _explain(problem: dict) -> str:
         return f"{field} is missing"
     if problem["type"] == "literal_error":
         allowed = typing.get_args(fields[location[-1]].annotation)
-        hint = _nearest(str(value), list(allowed)) or "allowed"
-        return f"{field}: {value!r} is not known; {hint} ({', '.join(allowed)})"
+        hint = (_nearest(value, list(allowed)) if isinstance(value, str) else "") or "allowed"
+        return f"{field}: {_quoted(value)} is not known; {hint} ({', '.join(allowed)})"
     if problem["type"] == "string_pattern_mismatch":
-        return f"{field}: {value!r} must be a plain name (letters, digits, _ . -, no slash)"
+        signs = "_ -" if location[0] == "phases" else "_ . -"
+        return f"{field}: {_quoted(value)} must be a plain name (letters, digits, {signs}, no slash)"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return f"{field or 'configuration'}: {message}" + ("" if isinstance(value, dict) else f", not {value!r}")
+    message = re.sub(r" or an instance of \w+", "", message)
+    return f"{field or 'configuration'}: {message}" + ("" if isinstance(value, dict) else f", not {_quoted(value)}")
 
 
 def _fields_at(location: list[str]) -> dict:

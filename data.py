@@ -16,17 +16,22 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
 import embedded
 import hub
 from config import DataConfig
 from errors import USAGE, UserError
+from metrics import IGNORED
+
+ROW = "__row__"  # column with a memory-mapped row's number within its split, for messages
 
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
@@ -57,32 +62,44 @@ def load(config: DataConfig) -> Data:
         train = train._resolve_features()
     image, label = _columns(train.features, config)
 
-    train, classes = _with_classes(_encoded(train, image, label), label, config)
+    train, classes = _with_classes(_encoded(train, image, label, config.train_split), label, config)
     if test is not None:
-        try:
-            test = _encoded(test, image, label)
-            test = test if test.features in (None, train.features) else test.cast(train.features)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(
-                f"{config.source}: the columns {image}, {label} of split '{config.test_split}' do not match those of "
-                f"'{config.train_split}': {_first_line(error)}"
-            ) from error
-    try:
-        first = next(iter(train), None)
-    except UserError:
-        raise
-    except Exception as error:  # a stream's first bytes arrive here, with whatever can go wrong on their way
-        raise UserError(f"data.source: {config.source} can't be read: {_first_line(error)}") from error
-    if first is None:
-        raise UserError(f"{config.source}: the split '{config.train_split}' has no rows")
-    width, height = decode(first[image]).size
+        test = _encoded(test, image, label, config.test_split)
+        if isinstance(test, Dataset) and test.features != train.features:  # whole numbers
+            _classes_with_rows(test, config.test_split, label, classes, config)
+            test = test.cast(train.features)
+    if len(classes) < 2:
+        raise UserError(f"data.label: column '{label}' of {config.source} has {len(classes)} class(es); two are needed")
+    if isinstance(train, Dataset):
+        _check_classes(train, test, label, classes, config)
+        train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
+    size = _first_size(train, image, config)
     training, validation = hold_out(train, image, config.folds, config.fold)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
         if isinstance(rows, Dataset) and not len(rows):
             raise UserError(
                 f"{config.source}: no {name} rows (of {len(train)}, fold {config.fold} of {config.folds} validates)"
             )
-    return Data(training, validation, test, image, label, classes, (height, width))
+    return Data(training, validation, test, image, label, classes, size)
+
+
+def _first_size(train, image: str, config: DataConfig) -> tuple[int, int]:
+    """Height and width of the first image; of the first that can be decoded, where others are skipped."""
+    row = None
+    try:
+        for row in train:
+            try:
+                width, height = decode(row[image]).size
+                return height, width
+            except CorruptImage as error:
+                if config.on_corrupt == "error":
+                    raise corrupt(row, image, config.train_split, error) from error
+    except UserError:
+        raise
+    except Exception as error:  # a stream's first bytes arrive here, with whatever can go wrong on their way
+        raise UserError(f"data.source: {config.source} can't be read: {_first_line(error)}") from error
+    found = "no rows" if row is None else "no image that can be decoded"
+    raise UserError(f"{config.source}: the split '{config.train_split}' has {found}")
 
 
 def hold_out(dataset, image: str, folds: int, fold: int):
@@ -136,7 +153,9 @@ def _open(config: DataConfig) -> Mapping:
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
         if kind == "hub" and hub.offline():
             raise hub.unreachable(f"the dataset {config.source}") from error
-        raise UserError(f"data.source: {config.source} can't be loaded: {_first_line(error)}") from error
+        raise UserError(
+            f"data.source: {config.source} can't be loaded: {_first_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _embedded(rows: int, streams: bool) -> dict:
@@ -165,12 +184,34 @@ def _draw(starts: list[int], split: str, rows: int):
 
 
 def _parquet_files(source: str) -> dict[str, list[str]]:
-    """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet."""
+    """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet.
+
+    Raises:
+        UserError: one of them is no parquet, they do not agree about their classes, or a split has no rows. Only the
+            files' ends are read for that.
+    """
     path = Path(source).expanduser()
     names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
-    files = {}
-    for name in sorted(names):
-        files.setdefault(Path(name).name.split(".")[0].split("-")[0], []).append(name)
+    files, rows, classes = {}, {}, {}
+    for name in sorted(filter(os.path.isfile, names)):
+        split = Path(name).name.split(".")[0].split("-")[0]
+        files.setdefault(split, []).append(name)
+        try:
+            end = pa.parquet.read_metadata(name)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"data.source: {name} is no whole parquet file: {_first_line(error)}") from error
+        rows[split] = rows.get(split, 0) + end.num_rows
+        for column, feature in Features.from_arrow_schema(end.schema.to_arrow_schema()).items():
+            # `datasets` takes the names of one file for all of them, and labels would silently change their meaning.
+            if isinstance(feature, ClassLabel) and feature.names != classes.setdefault(column, feature.names):
+                odd = [one for one in feature.names if one not in classes[column]][:5]
+                how = f"it has {', '.join(odd)} besides" if odd else f"{len(feature.names)} in an order of its own"
+                raise UserError(
+                    f"data.source: the classes of column '{column}' in {name} are not those of the other files: {how}"
+                )
+    for split, count in rows.items():
+        if not count:
+            raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(files[split])})")
     return files
 
 
@@ -208,11 +249,14 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
     return config.image or images[0], label
 
 
-def _encoded(split, image: str, label: str):
+def _encoded(rows, image: str, label: str, split: str):
     """The two columns alone, the image as the encoded bytes (or the file) that it comes as."""
-    if split is None:
-        return None
-    return split.select_columns([image, label]).cast_column(image, Image(decode=False))
+    try:
+        return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(
+            f"split '{split}' has no images and classes in its columns {image}, {label}: {_first_line(error)}", USAGE
+        ) from error
 
 
 def _with_classes(split, label: str, config: DataConfig):
@@ -231,35 +275,95 @@ def _with_classes(split, label: str, config: DataConfig):
             f"data.label: how many classes column '{label}' has can't be told from a stream; --data.streaming false",
             USAGE,
         )
-    values = split.unique(label)
-    wrong = next((value for value in values if value is None or value < 0), 0)
-    if wrong != 0:
-        raise UserError(f"data.label: column '{label}' of {config.source} holds {wrong}; classes count from 0")
-    names = [str(value) for value in range(max(values) + 1)]
+    most = max((value for value in split.unique(label) if value is not None), default=0)
+    if most >= len(split):
+        raise UserError(
+            f"data.label: column '{label}' of {config.source} holds {most}, more than it has rows; classes count from 0"
+        )
+    names = [str(value) for value in range(most + 1)]
+    _classes_with_rows(split, config.train_split, label, names, config)
     return split.cast_column(label, ClassLabel(names=names)), names
+
+
+def _check_classes(train: Dataset, test: Dataset | None, label: str, names: list[str], config: DataConfig) -> None:
+    """UserError unless every label is a class, training has two, and the test split has none that training lacks."""
+    trained = _classes_with_rows(train, config.train_split, label, names, config)
+    if len(trained) < 2:
+        raise UserError(
+            f"data.label: all rows of split '{config.train_split}' are of {len(trained)} class "
+            f"({', '.join(names[value] for value in trained)}); two are needed"
+        )
+    if test is not None:
+        tested = _classes_with_rows(test, config.test_split, label, names, config)
+        new = [names[value] for value in np.setdiff1d(tested, trained)]
+        if new:
+            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+            raise UserError(
+                f"data.test_split: '{config.test_split}' has rows of {', '.join(new[:5])}{more}, of which "
+                f"'{config.train_split}' has none; add some, or --data.test_split null"
+            )
+
+
+def _classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
+    """The labels that occur; UserError names the first row whose label is missing or none of the classes."""
+    column = rows.data.column(label)
+    values = column.fill_null(-1).to_numpy()
+    wrong = np.flatnonzero((values < 0) | (values >= len(names)))
+    if len(wrong):
+        way_on = "; --data.test_split null does without test figures" if split == config.test_split else ""
+        raise UserError(
+            f"data.label: column '{label}' of {config.source} holds {column[wrong[0]].as_py()} in row {wrong[0]} of "
+            f"split '{split}', which is none of the {len(names)} classes (they count from 0){way_on}"
+        )
+    return np.unique(values)
 
 
 # ---- decoding and loaders ---------------------------------------------------------------------------------------
 
 
-def _bytes(encoded: Mapping) -> bytes:
+class CorruptImage(Exception):
+    """Bytes that are not an image that Pillow can read."""
+
+
+def _bytes(encoded: Mapping | None) -> bytes:
+    """The bytes of an encoded image, none where a row has no image."""
+    if not encoded or (encoded["bytes"] is None and encoded["path"] is None):
+        return b""
     if encoded["bytes"] is not None:
         return encoded["bytes"]
-    with xopen(encoded["path"], "rb") as file:
-        return file.read()
+    try:
+        with xopen(encoded["path"], "rb") as file:
+            return file.read()
+    except Exception as error:  # from a missing file to a lost connection
+        raise UserError(f"{encoded['path']} can't be read: {_first_line(error)}") from error
 
 
-def decode(encoded: Mapping) -> PILImage.Image:
+def decode(encoded: Mapping | None) -> PILImage.Image:
     """An encoded image ({"bytes", "path"}) as an RGB PIL image, whatever mode it was stored in.
 
     Raises:
-        UserError: the bytes are not an image that Pillow can read.
+        CorruptImage: the bytes are not an image that Pillow can read.
+        UserError: there are no bytes to be had from its path.
     """
+    content = _bytes(encoded)
     try:
-        return PILImage.open(io.BytesIO(_bytes(encoded))).convert("RGB")
-    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError) as error:
-        where = encoded["path"] or f"an image of {len(encoded['bytes'])} bytes"
-        raise UserError(f"{where} can't be decoded: {_first_line(error)}") from error
+        return PILImage.open(io.BytesIO(content)).convert("RGB")
+    except UnidentifiedImageError:
+        raise CorruptImage("it is in no format that Pillow reads" if content else "it is empty") from None
+    except Exception as error:  # Pillow's readers raise a dozen types on broken bytes
+        raise CorruptImage(_first_line(error)) from error
+
+
+def corrupt(row: Mapping, image: str, split: str, error: CorruptImage) -> UserError:
+    """The error for a row whose image can't be decoded: it names the row and its file, or its bytes in a stream."""
+    content, path = _bytes(row[image]), (row[image] or {}).get("path")
+    if ROW in row:
+        where = f"the image in row {row[ROW]} of split '{split}'" + (f" ({path})" if path else "")
+    else:
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        unnamed = f"an image of {len(content)} bytes (BLAKE2b {digest}; --data.streaming false names its row)"
+        where = path or unnamed
+    return UserError(f"{where} can't be decoded: {error}; mend or remove it, or --data.on_corrupt skip")
 
 
 @dataclass(frozen=True)
@@ -269,6 +373,10 @@ class Collate:
     Returns from a call:
         dict: `image` uint8 (B, 3, H, W), `label` int64 (B,). Images keep their size; resizing to `image_size` is left
         to the device, unless they differ in size or are larger: then they are cropped to its shape and resized here.
+        With `skip`, a row whose image can't be decoded has the label `metrics.IGNORED`.
+
+    Raises:
+        UserError: a label that is no class, images of several sizes, or one that can't be decoded.
     """
 
     image: str
@@ -276,13 +384,23 @@ class Collate:
     classes: int
     size: tuple[int, int]
     image_size: int | None
+    split: str = "train"
+    skip: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         labels = [row[self.label] for row in rows]
         for label in labels:
             if label is None or not 0 <= label < self.classes:
-                raise UserError(f"column '{self.label}' holds {label}, which is none of the {self.classes} classes")
-        images = [decode(row[self.image]) for row in rows]
+                raise UserError(
+                    f"data.label: column '{self.label}' holds {label} in split '{self.split}', which is none of the "
+                    f"{self.classes} classes"
+                )
+        images = [self._decode(row) for row in rows]
+        if None in images:
+            # Batches stay full and equally large on all processes: other pixels fill the place, and no loss counts it.
+            labels = [IGNORED if image is None else label for image, label in zip(images, labels, strict=True)]
+            filling = next(filter(None, images), PILImage.new("RGB", self.size[::-1]))
+            images = [image or filling for image in images]
         expected = self.size[::-1]
         odd = next((image.size for image in images if image.size != expected), None)
         if self.image_size is None and odd:
@@ -298,6 +416,14 @@ class Collate:
             "image": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
             "label": torch.tensor(labels),
         }
+
+    def _decode(self, row: dict) -> PILImage.Image | None:
+        try:
+            return decode(row[self.image])
+        except CorruptImage as error:
+            if self.skip:
+                return None
+            raise corrupt(row, self.image, self.split, error) from error
 
 
 def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
@@ -329,9 +455,16 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
 
     Args:
         batch_size: images per batch of one process.
+
+    Raises:
+        UserError: the training rows, where they can be counted, do not fill a single batch.
     """
     dataset, training = getattr(data, split), split == "train"
     streamed = isinstance(dataset, IterableDataset)
+    if training and not streamed and len(dataset) < config.batch_size:
+        raise UserError(
+            f"{config.source}: {len(dataset)} training rows are fewer rows than data.batch_size {config.batch_size}"
+        )
     workers = default_workers() if config.workers is None else config.workers
     if streamed:
         workers = min(workers, dataset.num_shards)  # a shard is read by one worker
@@ -350,7 +483,15 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
         persistent_workers=False,
         worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=Collate(data.image, data.label, len(data.class_names), data.size, config.image_size),
+        collate_fn=Collate(
+            data.image,
+            data.label,
+            len(data.class_names),
+            data.size,
+            config.image_size,
+            split=config.test_split if split == "test" else config.train_split,
+            skip=config.on_corrupt == "skip",
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from metrics import Classification
+from metrics import IGNORED, Classification
 
 
 @dataclass
@@ -57,7 +57,7 @@ def train_epoch(
         for images, labels in pieces:
             with accelerator.accumulate(model):
                 logits = model(transform(images))
-                losses = F.cross_entropy(logits, labels, reduction="none")
+                losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
                 loss = losses.mean()
                 bad = accelerator.reduce((~loss.isfinite()).float()).maximum(bad)
                 # Once it is bad it stays so, and a gradient that is no number makes fp16's scaler skip the step too.
@@ -85,7 +85,7 @@ def validate(accelerator: Accelerator, model: nn.Module, loader, transform: nn.M
     metrics = Classification()
     for batch in loader:
         logits = model(transform(batch["image"]))
-        losses = F.cross_entropy(logits, batch["label"], reduction="none")
+        losses = F.cross_entropy(logits, batch["label"], ignore_index=IGNORED, reduction="none")
         # Batch by batch, because the last one is padded so that all processes have equally much.
         metrics.add(*accelerator.gather_for_metrics(metrics.reduce(logits, batch["label"], losses)))
     return metrics.compute()

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import traceback
 
@@ -9,8 +10,12 @@ USAGE = 2  # the command or the configuration is wrong: nothing was started
 RUN = 1  # the run itself failed: data, weights, the machine
 
 
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line breaks, terminal codes, broken UTF-8
+PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # user:password@ of a URL
+
+
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can mend, in one line.
 
     Args:
         exit_code: `USAGE` (2) or `RUN` (1).
@@ -20,7 +25,7 @@ class UserError(Exception):
     prefix = "error: "
 
     def __init__(self, message: str, exit_code: int = RUN, shared: bool = False):
-        super().__init__(message)
+        super().__init__(plain(message))
         self.exit_code, self.shared = exit_code, shared or exit_code == USAGE
 
 
@@ -31,6 +36,11 @@ class Interrupted(UserError):
 
     def __init__(self, message: str, number: int):
         super().__init__(message, 128 + number, shared=True)
+
+
+def plain(text: str) -> str:
+    """Text for a terminal: on one line, without what terminals obey, without the passwords of URLs."""
+    return PASSWORD.sub("", UNPRINTABLE.sub(" ", text))
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ hub's door answers for all of them: if nobody opens, they are told to work offli
 are imported), find what is already in this machine's cache, or fail at once.
 """
 
+import http.client
 import os
-import socket
 import sys
 import threading
 import urllib.error
@@ -14,13 +14,14 @@ import urllib.request
 from pathlib import Path
 
 from config import Config
-from errors import UserError
+from errors import PASSWORD, UserError
 
 PATIENCE = 3  # seconds; a working hub answers in well under one
 
 
 def endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    """The hub's address, without a user and password: it is shown, and asked only whether it answers."""
+    return PASSWORD.sub("", os.environ.get("HF_ENDPOINT", "https://huggingface.co")).rstrip("/")
 
 
 def offline() -> bool:
@@ -70,7 +71,7 @@ def _answers() -> bool:
             urllib.request.urlopen(urllib.request.Request(endpoint(), method="HEAD"), timeout=PATIENCE).close()
         except urllib.error.HTTPError:
             pass
-        except (OSError, ValueError, socket.gaierror):
+        except (OSError, ValueError, http.client.HTTPException):
             return
         answered.set()
 

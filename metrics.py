@@ -8,6 +8,8 @@ from torch import Tensor
 
 from errors import UserError
 
+IGNORED = -1  # the label of a row that no loss and no figure counts: its image could not be decoded
+
 
 class TopKAccuracy(evaluate.Metric):
     """Share of rows whose label is among the k classes with the largest logits.
@@ -76,13 +78,13 @@ class Classification:
         self.rows = [tuple(state[name] for name in self.PARTS)] if state else []
 
     def compute(self, gather=lambda rows: rows) -> dict[str, float]:
-        """The figures of all rows added since the last call.
+        """The figures of all rows added since the last call, and as `corrupt` how many were ignored, if any were.
 
         Args:
             gather: brings the rows of all processes together, where that has not been done batch by batch.
 
         Raises:
-            UserError: nothing was added.
+            UserError: nothing was added, or nothing that counts.
         """
         if not self.rows:
             raise UserError("there are no rows to judge: the split is empty")
@@ -90,7 +92,13 @@ class Classification:
             part.cpu().numpy() for part in gather(tuple(torch.cat(part) for part in zip(*self.rows, strict=True)))
         )
         self.rows = []
-        result = self.loss.compute(predictions=losses, references=labels)
+        counted = labels != IGNORED
+        if not counted.any():
+            raise UserError("none of the images can be decoded")
+        ignored = len(labels) - int(counted.sum())
+        losses, classes, labels = losses[counted], classes[counted], labels[counted]
+        result = {"corrupt": ignored} if ignored else {}
+        result |= self.loss.compute(predictions=losses, references=labels)
         for metric in self.metrics:
             result |= metric.compute(predictions=classes, references=labels)
         return result

@@ -7,9 +7,11 @@ best/ folder loads anywhere that this file is imported (a plain timm backbone ne
 import dataclasses
 import difflib
 import json
+import math
 from pathlib import Path
 
 import timm
+import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -127,12 +129,14 @@ def resnet50_small_stem(pretrained: bool = False, **kwargs) -> ResNet:
 
 
 def check(config: ModelConfig) -> None:
-    """Tell what can be told before any data are read: whether the model exists, and its weights where there is no hub.
+    """Tell what can be told before any data are read: whether the model exists, and whether its weights do.
 
     Raises:
-        UserError: there is no such model, or its pretrained weights are neither in the cache nor to be had.
+        UserError: there is no such model or file, or its pretrained weights are neither in the cache nor to be had.
     """
     repository = _architecture_cfg(config.name).get("hf_hub_id")
+    if config.weights:
+        _weights_file(Path(config.weights), config.name)
     if config.pretrained and not config.weights and hub.offline() and repository:
         names = ("model.safetensors", "pytorch_model.bin")
         if not any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
@@ -166,12 +170,14 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
     except Exception as error:  # whatever hub, safetensors and torch raise
         if pretrained and hub.offline():
             raise hub.unreachable(f"timm's pretrained {config.name}") from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.name: {config.name} can't be made for {size[0]}x{size[1]} images: {reason}") from error
+        raise UserError(
+            f"model.name: {config.name} can't be made for {size[1]}x{size[0]} images: {_first_line(error)}"
+        ) from error
 
+    _try_size(model, config.name, size)
     cfg = dict(model.pretrained_cfg)
     if config.weights:
-        saved_cfg, origin = _load_weights(model, Path(config.weights).expanduser(), config.name)
+        saved_cfg, origin = _load_weights(model, Path(config.weights), config.name)
         cfg |= saved_cfg
     elif pretrained:
         origin = f"timm's pretrained {config.name}.{cfg.get('tag', '')} from {cfg.get('hf_hub_id') or cfg.get('url')}"
@@ -182,6 +188,25 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
     cfg |= {"crop_pct": 1.0, "test_input_size": None, "test_crop_pct": None, "pool_size": None}
     model.pretrained_cfg = model.default_cfg = cfg
     return model, origin
+
+
+@torch.no_grad()
+def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
+    """UserError if images of that size do not go through the model (evaluated, so that nothing in it changes)."""
+    model.eval()
+    try:
+        model(torch.zeros(2, 3, *size))
+    except Exception as error:  # whatever a layer raises whose input has become too small
+        raise UserError(
+            f"model.name: {name} can't take {size[1]}x{size[0]} images ({_first_line(error)}); "
+            "set the size that they are brought to, for example --data.image_size 224",
+            USAGE,
+        ) from error
+    model.train()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _architecture_cfg(name: str) -> dict:
@@ -200,26 +225,18 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> tuple[dict, str]:
     Returns:
         The normalisation that the weights were trained with, as far as they say it, and where they came from.
     """
-    cfg, file = {}, path
-    if path.is_dir():
-        file, described = path / "model.safetensors", path / "config.json"
-        if not file.is_file() or not described.is_file():
-            raise UserError(
-                f"model.weights: {path} holds no model.safetensors and config.json; give a run's best/ folder"
-            )
-        try:
-            saved = json.loads(described.read_text(encoding="utf-8"))
-            cfg = {key: tuple(saved["pretrained_cfg"][key]) for key in ("mean", "std")}
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"model.weights: {described} is not timm's ({type(error).__name__}: {error})") from error
-        if saved.get("architecture") != timm.models.split_model_name_tag(name)[0]:
-            raise UserError(f"model.weights: {path} is a {saved.get('architecture')}, but model.name is {name}", USAGE)
-    elif not path.is_file():
-        raise UserError(f"model.weights: there is no file or folder {path}", USAGE)
+    file, cfg = _weights_file(path, name)
     try:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"model.weights: {file} is not a safetensors file ({error})") from error
+        raise UserError(
+            f"model.weights: {file} is not a safetensors file ({_first_line(error)}); others are not read, since "
+            "a pickle can run code"
+        ) from error
+    broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        rest = f" and {len(broken) - 4} more" if len(broken) > 4 else ""
+        raise UserError(f"model.weights: {file} has NaN or infinity in {', '.join(broken[:4])}{rest}")
 
     own = model.state_dict()
     head = [f"{module}.{part}" for module in head_names(model) for part in ("weight", "bias")]
@@ -236,6 +253,32 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> tuple[dict, str]:
     model.load_state_dict(state | new)
     said = f"; its head has {len(state[head[0]])} classes and is replaced by a new one" if other_head else ""
     return cfg, f"weights {path}{said}"
+
+
+def _weights_file(path: Path, name: str) -> tuple[Path, dict]:
+    """The .safetensors file that `model.weights` means, and the normalisation that a best/ folder tells with it."""
+    try:
+        path = path.expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
+        raise UserError(f"model.weights: {path} can't be read: {error}", USAGE) from None
+    if not exists:
+        raise UserError(f"model.weights: there is no file or folder {path}", USAGE)
+    if not is_folder:
+        return path, {}
+    file, described = path / "model.safetensors", path / "config.json"
+    if not file.is_file() or not described.is_file():
+        raise UserError(f"model.weights: {path} holds no model.safetensors and config.json; give a run's best/ folder")
+    try:
+        saved = json.loads(described.read_text(encoding="utf-8"))
+        cfg = {key: tuple(map(float, saved["pretrained_cfg"][key])) for key in ("mean", "std")}
+        if any(len(values) != 3 or not all(map(math.isfinite, values)) for values in cfg.values()) or 0 in cfg["std"]:
+            raise ValueError("mean and std are three numbers each, and std is not 0")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"model.weights: {described} is not timm's ({type(error).__name__}: {error})") from error
+    if saved.get("architecture") != timm.models.split_model_name_tag(name)[0]:
+        raise UserError(f"model.weights: {path} is a {saved.get('architecture')}, but model.name is {name}", USAGE)
+    return file, cfg
 
 
 def _shape(state: dict, key: str) -> str:

@@ -6,13 +6,14 @@ Reads run folders and nothing else: config.yaml, history.jsonl and, where a run 
 """
 
 import argparse
+import html
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from errors import USAGE, UserError, told
+from errors import USAGE, UserError, plain, told
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def read_run(path: Path) -> Run:
     """Read a run folder; UserError if it is none."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except OSError:
+        config["model"]["name"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         raise UserError(f"{path} is not a run folder: it has no readable config.yaml", USAGE) from None
     history, summary = path / "history.jsonl", path / "summary.json"
     try:
@@ -48,7 +50,7 @@ def epochs_table(run: Run) -> str:
     for row in run.history:
         rows.append(
             [
-                row["phase"] if row["phase"] != phase else "",
+                _text(row["phase"]) if row["phase"] != phase else "",
                 str(row["epoch"]),
                 f"{row['lr']:.1e}",
                 f"{row['train_loss']:.3f}",
@@ -71,9 +73,9 @@ def comparison_table(runs: list[Run]) -> str:
         best = max(run.history, key=lambda row: row["val_top1"], default={})
         rows.append(
             [
-                run.name,
-                run.config["model"]["name"],
-                " + ".join(f"{name} {count}" for name, count in _epochs_by_phase(run).items()) or "-",
+                _text(run.name),
+                _text(run.config["model"]["name"]),
+                " + ".join(f"{_text(name)} {count}" for name, count in _epochs_by_phase(run).items()) or "-",
                 str(best.get("epoch", "-")),
                 _percent(best.get("val_top1")),
                 _percent(run.summary.get("test_top1")),
@@ -88,8 +90,9 @@ def comparison_table(runs: list[Run]) -> str:
 def phase_changes(run: Run) -> list[str]:
     """A sentence per phase change: validation top-1 in the epoch before and in the one after."""
     return [
-        f"{run.name}: {before['phase']} -> {after['phase']}: validation top-1 {before['val_top1']:.1%} -> "
-        f"{after['val_top1']:.1%} in one epoch ({100 * (after['val_top1'] - before['val_top1']):+.1f} points)"
+        f"{_text(run.name)}: {_text(before['phase'])} -> {_text(after['phase'])}: "
+        f"validation top-1 {before['val_top1']:.1%} -> {after['val_top1']:.1%} in one epoch "
+        f"({100 * (after['val_top1'] - before['val_top1']):+.1f} points)"
         for before, after in zip(run.history, run.history[1:], strict=False)
         if before["phase"] != after["phase"]
     ]
@@ -106,9 +109,14 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def _text(value) -> str:
+    """A name that somebody else chose, as Markdown without tags, links or further cells."""
+    return html.escape(plain(str(value)), quote=False).replace("|", "\\|").replace("[", "\\[")
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose columns line up as plain text too."""
-    cells = [head, *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
+    cells = [head, *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
@@ -124,7 +132,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, in the order to show them")
     runs = [read_run(path) for path in parser.parse_args().runs]
     for run in runs:
-        print(f"### {run.name}\n\n{epochs_table(run) if run.history else 'no epoch finished yet'}\n")
+        print(f"### {_text(run.name)}\n\n{epochs_table(run) if run.history else 'no epoch finished yet'}\n")
     for run in runs:
         for sentence in phase_changes(run):
             print(sentence)

@@ -32,7 +32,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
         UserError: the folder of a new run exists, or can't be made or seen; or another process has it.
     """
     name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = resume or Path(launch.from_main(accelerator, str(Path(config.output_dir).expanduser() / name)))
+    run = resume or Path(launch.from_main(accelerator, str(config.runs_folder() / name)))
     lock, folder_made = FileLock(run / "checkpoints" / ".lock", blocking=False), not run.parent.exists()
     with launch.together(accelerator):
         if accelerator.is_main_process:

@@ -20,6 +20,7 @@ if __name__ == "__main__":
         hub.check(CONFIG, RESUME)  # and the libraries must know before they are imported whether there is a hub
 
 import contextlib
+import sys
 import time
 from pathlib import Path
 
@@ -163,6 +164,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 row |= {f"train_{key}": value for key, value in trained.items()}
                 row |= {f"val_{key}": value for key, value in validated.items()}
                 row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
+                for what, figures in (("training", trained), ("validation", validated)):
+                    if "corrupt" in figures:
+                        told = f"{title}: {figures['corrupt']} {what} images can't be decoded"
+                        accelerator.print(told, file=sys.stderr)
                 tracking.epoch(row, best, total=sum(phase.epochs for phase in config.phases.values()))
                 if best and accelerator.is_main_process:
                     checkpoint.save_best(accelerator.unwrap_model(model), run)

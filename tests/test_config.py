@@ -3,6 +3,8 @@ import time
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import config
 from config import RECIPES, check, parse
@@ -78,6 +80,9 @@ def test_mistakes_are_told_with_the_way_on(argv, message):
     assert caught.value.exit_code == 2
 
 
+ONE = "phases: {a: {modules: all, epochs: 1, lr: 1}}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -90,6 +95,22 @@ def test_mistakes_are_told_with_the_way_on(argv, message):
         ("phases: {}", "phases: "),
         ("model: {name: x}", "phases is missing"),
         ("phases: 3", "phases: should be a valid dictionary"),
+        ("seed: 1\nseed: 2", "line 2: not valid YAML (the key 'seed' is there twice)"),
+        ("seed: 1\n2: 3", "line 2: not valid YAML (the key 2 is not text: quote it)"),
+        ("a: &a [1]\nb: [*a, *a]", "line 2: not valid YAML (aliases (*name) are not read"),
+        ("model: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("seed: !!int x", "not valid YAML (ValueError"),
+        (f"seed: {'[' * 5000}", "not valid YAML (RecursionError"),
+        ("a:\n\tb: 1", "line 2: not valid YAML (found character '\\t'"),
+        (f"{ONE}\nseed: yes", "seed: should not be true or false"),
+        (f"{ONE}\nseed: .nan", "seed: should be a finite number"),
+        (f"{ONE}\nseed: 0x{'f' * 9999}", "seed: should be less than 4294967296, not a number of thousands of digits"),
+        (f"{ONE}\nrecipe: ../../x", "recipe: '../../x' must be a plain name"),
+        (
+            "phases: {a.b: {modules: all, epochs: 1, lr: 1}}",
+            "phases.a.b: 'a.b' must be a plain name (letters, digits, _ -",
+        ),
+        (f'{ONE}\nmodel: {{name: "a\\nb"}}', "model.name: holds a character that can't be printed, not 'a\\nb'"),
     ],
 )
 def test_a_wrong_recipe_is_told_by_file_and_field(tmp_path, text, message):
@@ -99,6 +120,25 @@ def test_a_wrong_recipe_is_told_by_file_and_field(tmp_path, text, message):
         parse(["--config", str(path)])
     assert "recipe.yaml" in str(caught.value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", "seed: 1".encode("utf-16"), b"\x7fELF\x00\x01", b"seed: \x1b[31m1"]
+)
+def test_a_file_that_is_no_text_is_told(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"recipe\.yaml(: not valid YAML| is not a text file in UTF-8)"):
+        parse(["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_numbers_and_dates_mean_what_they_look_like(tmp_path):
+    """To PyYAML 1e-3 is text and 2026-11-23 a date."""
+    (tmp_path / "r.yaml").write_text(
+        "phases: {a: {modules: all, epochs: 1, lr: 1e-3}}\nrun_name: 2026-11-23\nclip_norm: 1E+2"
+    )
+    parsed, _ = parse(["--config", str(tmp_path / "r.yaml"), "--phases.a.weight_decay", "5e-4"])
+    assert (parsed.phases["a"].lr, parsed.phases["a"].weight_decay, parsed.clip_norm) == (1e-3, 5e-4, 100)
+    assert parsed.run_name == "2026-11-23"
 
 
 def test_any_number_of_phases():
@@ -141,3 +181,66 @@ def test_help_shows_the_chosen_recipes_own_phases_and_defaults(command):
     assert "--phases.train.momentum" in shown
     assert "[0.05]" in shown
     assert "--phases.finetune.lr FLOAT" not in shown
+
+
+# ---- a fuzz: whatever comes, a configuration or one line --------------------------------------------------------
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.dates() | st.binary(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9) | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+SECTIONS = {"": config.Config, "model": config.ModelConfig, "data": config.DataConfig, "augment": config.AugmentConfig,
+            "environment": config.Environment, "phases.head": config.PhaseConfig, "phases": None}  # fmt: skip
+FIELDS = [
+    f"{section}.{field}".strip(".") for section, cls in SECTIONS.items() if cls for field in cls.__pydantic_fields__
+]
+PLACES = st.sampled_from([*FIELDS, *filter(None, SECTIONS)]) | st.text(max_size=9)
+OPTIONS = st.sampled_from([f"--{field}" for field in [*FIELDS, "config", "resume", "help"]])
+WORDS = (
+    st.text(max_size=12) | VALUES.map(str) | st.sampled_from(["null", "true", "1e-3", "[a, b]", "{", "embedded", "~x/"])
+)
+FUZZ = settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def config_or_one_line(argv: list[str]) -> None:
+    try:
+        parsed, _ = parse(argv)
+        assert check(yaml.safe_load(parsed.to_yaml()), "its own") == parsed
+        _ = parsed.data.streams
+        parsed.runs_folder()
+    except UserError as error:
+        assert error.exit_code == 2
+        assert str(error).strip() and len(str(error).splitlines()) == 1
+    except SystemExit as ended:
+        assert ended.code == 0 and "--help" in argv
+
+
+@FUZZ
+@given(st.lists(st.tuples(PLACES, VALUES), min_size=1, max_size=3))
+def test_any_tree_is_a_configuration_or_told_in_one_line(tmp_path, grafts):
+    recipe = yaml.safe_load(config.DEFAULT_RECIPE.read_text())
+    for place, value in grafts:
+        *parents, name = place.split(".")
+        tree = recipe
+        for parent in parents:
+            tree = tree.setdefault(parent, {}) if isinstance(tree.get(parent, {}), dict) else {}
+        tree[name] = value
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    config_or_one_line(["--config", str(tmp_path / "recipe.yaml")])
+
+
+@FUZZ
+@given(st.text() | st.text("[]{}:,-&*!|>#%@\"' \n\tab1"))
+def test_any_text_is_a_recipe_or_told_in_one_line(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    config_or_one_line(["--config", str(tmp_path / "recipe.yaml")])
+
+
+@FUZZ
+@given(st.lists(st.tuples(OPTIONS, WORDS) | st.tuples(WORDS), max_size=4))
+def test_any_command_line_is_a_configuration_or_told_in_one_line(capsys, pairs):
+    config_or_one_line([word for pair in pairs for word in pair])

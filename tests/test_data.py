@@ -1,5 +1,7 @@
 import io
 import os
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image as PILImage
 import data
 from config import DataConfig
 from errors import UserError
+from metrics import IGNORED
 
 
 def load(source, **values):
@@ -121,20 +124,47 @@ def test_parquet_made_elsewhere_with_plain_bytes_and_whole_numbers(tmp_path):
     source = load(tmp_path, image="image", label="label")
     assert source.class_names == ["0", "1", "2"]
     parquet_of(tmp_path, images, labels=[-1] * 30, features=features)
-    with pytest.raises(UserError, match="holds -1; classes count from 0"):
+    with pytest.raises(UserError, match=r"holds -1 in row 0 of split 'train', .* \(they count from 0\)"):
         load(tmp_path, image="image", label="label")
 
 
 def test_an_empty_split_is_an_error(tmp_path):
     parquet_of(tmp_path, [])
-    with pytest.raises(UserError, match=f"{tmp_path} can't be loaded: .* corresponds to no data"):
+    with pytest.raises(UserError, match=f"the split 'test' has no rows .{tmp_path}/test.parquet"):
         load(tmp_path)
 
 
-def test_a_broken_parquet_file_is_named(tmp_path):
-    (tmp_path / "train.parquet").write_bytes(b"PAR1 this is not one")
-    with pytest.raises(UserError, match=f"data.source: {tmp_path} can't be loaded"):
+@pytest.mark.parametrize("content", [b"", b"PAR1 this is not one", None])
+def test_a_broken_parquet_file_is_named(tmp_path, content):
+    parquet_of(tmp_path, [encode(image) for image in noise(20)])
+    broken = tmp_path / "train-00001-of-00002.parquet"
+    broken.write_bytes((tmp_path / "train.parquet").read_bytes()[:-9] if content is None else content)
+    with pytest.raises(UserError, match=f"data.source: {broken} is no whole parquet file"):
         load(tmp_path)
+
+
+def test_classes_of_the_test_split_are_those_of_training(tmp_path):
+    images = [encode(image) for image in noise(20)]
+
+    def write(split, names, labels):
+        features = Features(image=Image(), label=ClassLabel(names=names))
+        rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+
+    write("train", ["cat", "dog", "eel"], [0, 1] * 10)
+    write("test", ["dog", "cat", "eel"], [0, 1] * 10)
+    for streaming in (False, True):  # the labels would silently mean something else
+        with pytest.raises(
+            UserError, match=r"'label' in .*train.parquet are not those of .*: 3 in an order of its own"
+        ):
+            load(tmp_path, streaming=streaming)
+    write("test", ["cat", "dog", "fox"], [0, 1] * 10)
+    with pytest.raises(UserError, match="it has eel besides"):
+        load(tmp_path)
+    write("test", ["cat", "dog", "eel"], [0, 2] * 10)
+    with pytest.raises(UserError, match=r"data.test_split: 'test' has rows of eel, of which 'train' has none"):
+        load(tmp_path)
+    assert len(load(tmp_path, test_split=None).class_names) == 3
 
 
 # ---- the validation split ---------------------------------------------------------------------------------------
@@ -169,7 +199,7 @@ def test_a_fifth_is_validation_by_default():
 
 def test_copies_of_an_image_fall_on_one_side(tmp_path):
     images = [encode(image) for image in noise(40)]
-    parquet_of(tmp_path, images * 3, labels=[0] * 120)
+    parquet_of(tmp_path, images * 3, labels=[0, 1] * 60)
     source = load(tmp_path)
     train, validation = (set(encoded(rows, "image")) for rows in (source.train, source.validation))
     assert train.isdisjoint(validation)
@@ -198,15 +228,73 @@ def test_every_mode_becomes_rgb(mode):
         assert np.abs(np.asarray(image)[0, 0].astype(int) - (250, 10, 10)).max() < 8
 
 
-def test_a_corrupt_image_is_told_through_a_worker_too(tmp_path):
-    images = [encode(image) for image in noise(20)]
+@pytest.fixture
+def corrupted(tmp_path):
+    """Thirty rows, of which those with number 7 and 11 are not whole."""
+    images = [encode(image) for image in noise(30)]
     images[7]["bytes"] = images[7]["bytes"][:100]
-    parquet_of(tmp_path, images)
-    config = DataConfig(source=str(tmp_path), workers=1)
+    images[11]["bytes"] = b""
+    return parquet_of(tmp_path, images)
+
+
+@pytest.mark.parametrize(
+    ("streaming", "where"),
+    [(False, "the image in row (7|11) of split 'train'"), (True, "an image of (100|0) bytes .* names its row.")],
+)
+def test_a_corrupt_image_is_told_through_a_worker_too(corrupted, streaming, where):
+    config = DataConfig(source=str(corrupted), workers=1, batch_size=2, streaming=streaming)
     source = data.load(config)
-    with pytest.raises(UserError, match="an image of 100 bytes can't be decoded"):
+    with pytest.raises(UserError, match=f"{where} can't be decoded: .*; mend or remove it, or --data.on_corrupt skip"):
         for split in ("train", "validation"):
             list(data.loader(source, split, config, 2, seed=0))
+
+
+def test_a_corrupt_image_of_a_folder_is_named_by_its_file(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(noise(12, seed=ord(name[0]))):
+            image.save(tmp_path / name / f"{i:02d}.png")
+    (tmp_path / "cat" / "00.png").write_bytes(b"not an image")
+    for streaming, where in ((False, "the image in row 0 of split 'train' "), (True, "")):
+        with pytest.raises(UserError, match=f"{where}.?{tmp_path}/cat/00.png.? can't be decoded: it is in no format"):
+            load(tmp_path, test_split=None, streaming=streaming)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_corrupt_images_are_skipped_where_that_is_wanted(corrupted, streaming, workers):
+    config = DataConfig(
+        source=str(corrupted), batch_size=2, on_corrupt="skip", streaming=streaming, workers=workers, folds=2
+    )
+    source = data.load(config)
+    batches = [
+        batch for split in ("train", "validation") for batch in data.loader(source, split, config, 3, seed=0)
+    ] + list(data.loader(source, "test", config, 30, seed=0))
+    assert all(batch["image"].shape[0] == len(batch["label"]) for batch in batches)
+    (test,) = batches[-1:]
+    assert [i for i, label in enumerate(test["label"]) if label == IGNORED] == [7, 11]
+    assert test["label"].tolist()[:7] == [0, 1, 0, 1, 0, 1, 0]
+    assert torch.equal(test["image"][7], test["image"][0]), "another image's pixels"
+    everything = data.Collate("image", "label", 2, (16, 16), None, skip=True)([{"image": None, "label": 1}] * 2)
+    assert everything["label"].tolist() == [IGNORED, IGNORED]
+    assert not everything["image"].any()
+
+
+def test_an_image_that_unpacks_to_a_bomb_is_told():
+    with pytest.raises(data.CorruptImage, match="could be decompression bomb"):
+        data.decode({"bytes": png_header(20_000, 20_000), "path": None})
+
+
+def png_header(width: int, height: int) -> bytes:
+    """The beginning of a PNG that claims to be that large."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 9) + b"IDAT"
+
+
+def test_rows_that_fill_no_batch_are_told_before_training(parquet):
+    config = DataConfig(source=str(parquet), batch_size=4096)
+    with pytest.raises(UserError, match=r"3\d\d training rows are fewer rows than data.batch_size 4096"):
+        data.loader(data.load(config), "train", config, 2048, seed=0)
 
 
 def test_batches_are_uint8_of_the_stored_pixels(tiny_data):
@@ -232,7 +320,9 @@ def test_images_of_mixed_sizes_need_image_size():
 @pytest.mark.parametrize("label", [-1, None, 2])
 def test_a_label_that_is_none_of_the_classes_is_told(label):
     rows = [{"image": encode(noise(1)[0]), "label": label}]
-    with pytest.raises(UserError, match=f"column 'label' holds {label}, which is none of the 2 classes"):
+    with pytest.raises(
+        UserError, match=f"column 'label' holds {label} in split 'train', which is none of the 2 classes"
+    ):
         data.Collate("image", "label", 2, (16, 16), None)(rows)
 
 

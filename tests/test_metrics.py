@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from errors import UserError
-from metrics import Classification, MeanLoss, TopKAccuracy
+from metrics import IGNORED, Classification, MeanLoss, TopKAccuracy
 
 
 def test_against_a_plain_computation():
@@ -32,6 +32,17 @@ def test_computing_starts_afresh_and_refuses_nothing():
     metrics.add(torch.tensor([1.0]), torch.tensor([[0]]), torch.tensor([0]))
     metrics.compute()
     with pytest.raises(UserError, match="no rows"):
+        metrics.compute()
+
+
+def test_rows_without_an_image_count_for_nothing_but_their_number():
+    metrics = Classification()
+    logits, labels = torch.tensor([[0.0, 1.0], [2.0, 1.0], [3.0, 0.0]]), torch.tensor([1, IGNORED, IGNORED])
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    metrics.add(*metrics.reduce(logits, labels, losses))
+    assert metrics.compute() == {"corrupt": 2, "loss": pytest.approx(losses[0].item()), "top1": 1.0, "top5": 1.0}
+    metrics.add(*metrics.reduce(logits[1:], labels[1:], losses[1:]))
+    with pytest.raises(UserError, match="none of the images can be decoded"):
         metrics.compute()
 
 

@@ -120,6 +120,10 @@ def broken_weights(folder, kind):
         del state["layer1.0.conv1.weight"]
     elif kind == "extra key":
         state["other.weight"] = torch.zeros(2)
+    elif kind == "nan":
+        state["layer1.0.conv1.weight"][0, 0, 0, 0] = torch.nan
+    elif kind == "infinity":
+        state["bn1.running_var" if "bn1.running_var" in state else "fc.bias"][0] = -torch.inf
     elif kind == "other shape":
         state["layer1.0.conv1.weight"] = torch.zeros(2, 3)
     if kind not in ("text", "no file"):
@@ -134,6 +138,8 @@ def broken_weights(folder, kind):
         ("text", "is not a safetensors file"),
         ("missing key", r"layer1.0.conv1.weight \(missing in the file"),
         ("extra key", r"other.weight \(2 in the file, missing in the model"),
+        ("nan", r"has NaN or infinity in layer1\.0\.conv1\.weight"),
+        ("infinity", r"has NaN or infinity in (bn1\.running_var|fc\.bias)"),
         ("other shape", r"layer1.0.conv1.weight \(2x3 in the file"),
     ],
 )
@@ -153,6 +159,39 @@ def test_a_folder_that_is_not_timms_is_an_error(tmp_path):
     (tmp_path / "best" / "config.json").write_text('{"architectures": ["ResNetForImageClassification"]}')
     with pytest.raises(UserError, match=r"config\.json is not timm's"):
         create(weights=str(tmp_path / "best"))
+
+
+@pytest.mark.parametrize("std", [[0.2, 0, 0.2], [0.2], "abc", [0.2, 0.2, float("nan")], None])
+def test_a_normalisation_that_is_none_is_an_error(tmp_path, std):
+    checkpoint.save_best(create()[0], tmp_path)
+    path = tmp_path / "best" / "config.json"
+    described = json.loads(path.read_text())
+    described["pretrained_cfg"]["std"] = std
+    path.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"config\.json is not timm's"):
+        create(weights=str(tmp_path / "best"))
+
+
+@pytest.mark.parametrize(("name", "size"), [("simple_cnn", (1, 1)), ("deep_cnn", (32, 4)), ("test_vit", (8, 8))])
+def test_a_size_that_the_model_can_not_take_is_told(name, size):
+    with pytest.raises(UserError, match=f"model.name: {name} can't .* {size[1]}x{size[0]} images") as caught:
+        create(name, size)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["deep_cnn", "test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
+def test_trying_the_size_changes_nothing(monkeypatch, name):
+    def made(seed=0):
+        torch.manual_seed(seed)
+        model = create(name)[0]
+        return model, torch.get_rng_state()
+
+    tried, after = made()
+    monkeypatch.setattr(models, "_try_size", lambda *_: None)
+    untried, expected = made()
+    assert torch.equal(after, expected)
+    assert all(torch.equal(value, untried.state_dict()[key]) for key, value in tried.state_dict().items())
+    assert all(module.training for module in tried.modules())
 
 
 def test_an_unknown_tag_names_the_nearest():

@@ -50,6 +50,24 @@ def test_a_name_can_not_break_the_table(make_run):
     assert "a\\|b" in report.comparison_table([run])
 
 
+def test_names_are_shown_and_never_obeyed(make_run):
+    run = report.read_run(make_run("<script>x", epochs=(("<b>|\n", 0.1), ("[a](b)\x1b[31m", 0.2))))
+    run.config["model"]["name"] = "<img src=x>"
+    shown = "\n".join([report.comparison_table([run]), report.epochs_table(run), *report.phase_changes(run)])
+    assert not set("<>\x1b") & set(shown.replace(" -> ", ""))
+    assert "&lt;script&gt;x" in shown and "&lt;b&gt;\\|" in shown
+    assert "\\[a](b) " in shown
+    assert len(report.epochs_table(run).splitlines()) == 4
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "3", "model: x", "\x00"])
+def test_a_damaged_config_is_told(make_run, text):
+    folder = make_run()
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="is not a run folder: it has no readable"):
+        report.read_run(folder)
+
+
 def test_what_is_no_run_folder_is_told(tmp_path, make_run, command):
     with pytest.raises(UserError, match="is not a run folder"):
         report.read_run(tmp_path / "nothing")
