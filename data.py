@@ -27,6 +27,9 @@ import hub
 from config import DataConfig
 from errors import USAGE, UserError
 
+if not hub.offline():
+    hub.persist()  # here, so that a loader's worker that is not forked has it too: it imports this for `Collate`
+
 
 @dataclass(frozen=True)
 class Data:

@@ -1,14 +1,19 @@
-"""Is the hub needed, and can it be reached? Asked once, before anything heavy is imported.
+"""Is the hub needed, and can it be reached? Asked once, before anything heavy is imported. And patience with it later.
 
 Left to themselves the libraries retry for over a minute before they give up, one after the other. One look at the
 hub's door answers for all of them: if nobody opens, they are told to work offline (`HF_HUB_OFFLINE` is read when they
 are imported), find what is already in this machine's cache, or fail at once.
+
+A stream asks the hub again in every epoch, for hours. `persist` gives all its requests one rule: asked again until the
+hub answers, and one clear error if it stays away.
 """
 
 import os
+import re
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,10 +22,13 @@ from config import Config
 from errors import UserError
 
 PATIENCE = 3  # seconds; a working hub answers in well under one
+LOST_AFTER = 120  # seconds that one request is asked again for; a network that is down for a minute ends no run
+LONGEST_WAIT = 300  # seconds, of those that the hub itself asks for: the window of its rate limits
 
 
 def endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    """The hub's address as it may be shown: without a name and a password."""
+    return re.sub("//[^/]*@", "//", os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
 
 
 def offline() -> bool:
@@ -57,6 +65,60 @@ def unreachable(wanted: str) -> UserError:
         f"the hub ({endpoint()}) can't be reached, and {wanted} is not in this machine's cache. Ways on: connect; or "
         "use local data (--data.source FOLDER) and local weights (--model.weights FILE.safetensors), or train from "
         "scratch (--model.pretrained false); or see it work on embedded data: make demo"
+    )
+
+
+def persist() -> None:
+    """Have each request for data on the hub repeated until it is answered in full, for up to `LOST_AFTER` seconds.
+
+    The libraries repeat many of theirs, but not all: an epoch of a stream begins with a question that a single 503
+    ends in a traceback, and with one that waits for ever. Where they do, their loops are nested, which comes to
+    anything from 20 seconds to half an hour. This is below them all, so that nothing is left for them to repeat.
+    """
+    from huggingface_hub import constants, set_client_factory  # not above: they read their environment when imported
+    from huggingface_hub.utils import httpx, parse_ratelimit_headers
+
+    class Persistent(httpx.Client):
+        def send(self, request, **options):
+            # Only what a stream can't go on without. HEAD asks whether a cached file is the newest: if not answered,
+            # the cache is used; and other addresses are of services that the libraries do without.
+            if request.method == "HEAD" or not re.search("/resolve/|/api/datasets/", request.url.path):
+                return super().send(request, **options)
+            request.extensions["timeout"] = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
+            deadline, wait = time.monotonic() + LOST_AFTER, 0.5
+            while True:
+                try:
+                    response = super().send(request, **options)
+                    if response.status_code not in (408, 429, 500, 502, 503, 504):
+                        return response
+                    response.close()
+                    problem, asked = f"{response.status_code} {response.reason_phrase}", told_wait(response.headers)
+                except httpx.TransportError as error:  # refused, reset, silent, or less than the length announced
+                    problem, asked = str(error) or type(error).__name__, None
+                if time.monotonic() > deadline:
+                    raise lost(problem)
+                pause = wait if asked is None else min(asked, LONGEST_WAIT)
+                if wait < 1 or asked:
+                    line = f"The hub ({endpoint()}) fails ({problem}): asking again, first in {pause:g} s."
+                    print(line, file=sys.stderr, flush=True)
+                time.sleep(pause)
+                wait = min(2 * wait, 8)
+
+    def told_wait(headers) -> int | None:
+        limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
+        if limit and not limit.remaining:
+            return limit.reset_in_seconds
+        return int(after) if after.isdigit() else None
+
+    set_client_factory(lambda: Persistent(follow_redirects=True))
+
+
+def lost(problem: str) -> UserError:
+    """The error for a hub that stopped answering in the middle of a run."""
+    return UserError(
+        f"the hub ({endpoint()}) stopped answering ({problem}), and {LOST_AFTER} seconds of asking again did not help. "
+        "When it is back, go on after the last finished epoch with --resume and the run's folder, or start again if "
+        "there is none"
     )
 
 
