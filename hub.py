@@ -72,43 +72,55 @@ def persist() -> None:
     """Have each request for data on the hub repeated until it is answered in full, for up to `LOST_AFTER` seconds.
 
     The libraries repeat many of theirs, but not all: an epoch of a stream begins with a question that a single 503
-    ends in a traceback, and with one that waits for ever. Where they do, their loops are nested, which comes to
-    anything from 20 seconds to half an hour. This is below them all, so that nothing is left for them to repeat.
+    ends in a traceback, and with one that waits for ever. Where they do repeat, their loops are nested, which comes to
+    anything from 20 seconds to half an hour. This is below them all and leaves them nothing to repeat.
     """
     from huggingface_hub import constants, set_client_factory  # not above: they read their environment when imported
     from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
     class Persistent(httpx.Client):
-        def send(self, request, **options):
+        def send(self, request, *, stream=False, **options):
             # Only what a stream can't go on without. HEAD asks whether a cached file is the newest: if not answered,
             # the cache is used; and other addresses are of services that the libraries do without.
             if request.method == "HEAD" or not re.search("/resolve/|/api/datasets/", request.url.path):
-                return super().send(request, **options)
+                return super().send(request, stream=stream, **options)
             request.extensions["timeout"] = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
             deadline, wait = time.monotonic() + LOST_AFTER, 0.5
             while True:
+                told = 0
                 try:
-                    response = super().send(request, **options)
-                    if response.status_code not in (408, 429, 500, 502, 503, 504):
+                    response = super().send(request, stream=stream, **options)
+                    problem = fault(request, response, stream)
+                    if not problem:
                         return response
                     response.close()
-                    problem, asked = f"{response.status_code} {response.reason_phrase}", told_wait(response.headers)
+                    told = told_wait(response.headers)
                 except httpx.TransportError as error:  # refused, reset, silent, or less than the length announced
-                    problem, asked = str(error) or type(error).__name__, None
+                    problem = str(error) or type(error).__name__
                 if time.monotonic() > deadline:
                     raise lost(problem)
-                pause = wait if asked is None else min(asked, LONGEST_WAIT)
-                if wait < 1 or asked:
+                pause = max(wait, min(told, LONGEST_WAIT))
+                if wait < 1 or told:
                     line = f"The hub ({endpoint()}) fails ({problem}): asking again, first in {pause:g} s."
                     print(line, file=sys.stderr, flush=True)
                 time.sleep(pause)
                 wait = min(2 * wait, 8)
 
-    def told_wait(headers) -> int | None:
+    def fault(request, response, stream: bool) -> str | None:
+        if response.status_code in (408, 429, 500, 502, 503, 504):
+            return f"{response.status_code} {response.reason_phrase}"
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        if asked and response.is_success and not stream:
+            size, came = int(asked[2]) - int(asked[1]) + 1, len(response.content)
+            if came != size:  # cut off on the way, by something that then announced the rest as if it were the whole
+                return f"{came} bytes of {size}"
+        return None
+
+    def told_wait(headers) -> int:
         limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
         if limit and not limit.remaining:
             return limit.reset_in_seconds
-        return int(after) if after.isdigit() else None
+        return int(after) if after.isdigit() else 0
 
     set_client_factory(lambda: Persistent(follow_redirects=True))
 

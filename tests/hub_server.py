@@ -3,7 +3,8 @@
 It serves folders: `HubServer({"datasets/uoft-cs/cifar100": folder, "models/timm/resnet50.a1_in1k": folder})`. Only what
 the clients ask for is here: repository info, tree, paths-info, and files by revision with ETag and byte ranges.
 
-And it fails, on demand: `faults` are handed out to the requests for a range of a file, which is how a stream reads.
+And it fails, on demand: `faults` are handed out to the questions that a stream asks: for what a data set's repository
+holds, and for ranges of its files.
 """
 
 import hashlib
@@ -18,21 +19,22 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-FAULTS = ("429", "500", "503", "reset", "truncated", "stall")
+FAULTS = ("429", "500", "503", "reset", "truncated", "stall", "short")
 
 
 class HubServer:
     """Serves repositories on a free loopback port; `requests` lists (method, path) of all that was asked.
 
     Args:
-        faults: one of `FAULTS`, or None for a proper answer, for each request for a range of a file in turn; when they
-            are used up, all goes well. `served` lists those that were met.
+        faults: one of `FAULTS`, or None for a proper answer, for each of these requests in turn; when they are used up,
+            all goes well. `served` lists those that were met.
     """
 
     def __init__(self, repositories: dict[str, Path], faults: Iterable[str | None] = ()):
         self.repositories = repositories
         self.faults, self.served = iter(faults), []
         self.requests: list[tuple[str, str]] = []
+        self.limit = {"Retry-After": "1"}  # headers that come with a 429
         self.gone = False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -147,30 +149,29 @@ def _handler_for(hub: HubServer):
             self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", "X-Repo-Commit": COMMIT})
 
         def _send(self, status, content, headers=None):
-            fault = None
-            if self.command == "GET" and "/datasets/" in self.path:
-                fault = next(hub.faults, None)
+            streams = self.command == "GET" and (status == 206 or "/api/datasets/" in self.path)
+            fault = next(hub.faults, None) if streams else None
+            if fault == "short" and status != 206:
+                fault = "truncated"  # an answer that isn't a range promises no other length
             if fault:
                 hub.served.append(fault)
-                if fault.isdigit():
-                    status, content, headers = int(fault), b"", {"Retry-After": "1"} if fault == "429" else {}
+            if fault in ("429", "500", "503"):
+                status, content, headers = int(fault), b"", hub.limit if fault == "429" else {}
+            elif fault == "short":  # the length that is announced is that of what comes
+                content = content[: len(content) // 2]
             self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if self.command == "HEAD":
-                return
-            if fault in (None, "429", "500", "503"):
-                self.wfile.write(content)
-                return
-            # The header promises the whole, half of it comes, and then ...
-            self.wfile.write(content[: len(content) // 2])
-            self.close_connection = True
+            cut = fault in ("reset", "truncated", "stall")  # half of what was announced comes, and then ...
+            if self.command != "HEAD":
+                self.wfile.write(content[: len(content) // 2] if cut else content)
+            self.close_connection |= cut  # ... the connection is closed (truncated)
             if fault == "stall":
                 self.rfile.read(1)  # ... nothing, until the client hangs up
-            elif fault == "reset":  # ... RST; when truncated: FIN
+            elif fault == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
+                self.connection.close()  # ... a reset, since nothing may linger
 
     return Handler
