@@ -35,6 +35,9 @@ ROW = "__row__"  # column with a memory-mapped row's number within its split, fo
 
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
+if not hub.offline():
+    hub.persist()  # here, so that a loader's worker that is not forked has it too: it imports this for `Collate`
+
 
 @dataclass(frozen=True)
 class Data:

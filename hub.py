@@ -1,14 +1,18 @@
-"""Is the hub needed, and can it be reached? Asked once, before anything heavy is imported.
+"""Is the hub needed, and can it be reached? Asked once, before anything heavy is imported. And patience with it later.
 
 Left to themselves the libraries retry for over a minute before they give up, one after the other. One look at the
 hub's door answers for all of them: if nobody opens, they are told to work offline (`HF_HUB_OFFLINE` is read when they
 are imported), find what is already in this machine's cache, or fail at once.
+
+A stream asks the hub again in every epoch, for hours. `persist` gives all its requests one rule: asked again until the
+hub answers, and one clear error if it stays away.
 """
 
 import http.client
 import os
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -17,6 +21,8 @@ from config import Config
 from errors import PASSWORD, UserError
 
 PATIENCE = 3  # seconds; a working hub answers in well under one
+LOST_AFTER = 120  # seconds that one request is asked again for; a network that is down for a minute ends no run
+LONGEST_WAIT = 300  # seconds, of those that the hub itself asks for: the window of its rate limits
 
 
 def endpoint() -> str:
@@ -59,6 +65,72 @@ def unreachable(wanted: str) -> UserError:
         f"the hub ({endpoint()}) can't be reached, and {wanted} is not in this machine's cache. Ways on: connect; or "
         "use local data (--data.source FOLDER) and local weights (--model.weights FILE.safetensors), or train from "
         "scratch (--model.pretrained false); or see it work on embedded data: make demo"
+    )
+
+
+def persist() -> None:
+    """Have each request for data on the hub repeated until it is answered in full, for up to `LOST_AFTER` seconds.
+
+    The libraries repeat many of theirs, but not all: an epoch of a stream begins with a question that a single 503
+    ends in a traceback, and with one that waits for ever. Where they do repeat, their loops are nested, which comes to
+    anything from 20 seconds to half an hour. This is below them all and leaves them nothing to repeat.
+    """
+    from huggingface_hub import constants, set_client_factory  # not above: they read their environment when imported
+    from huggingface_hub.utils import httpx, parse_ratelimit_headers
+
+    class Persistent(httpx.Client):
+        def send(self, request, *, stream=False, **options):
+            # Only what a stream can't go on without. HEAD asks whether a cached file is the newest: if not answered,
+            # the cache is used; and other addresses are of services that the libraries do without.
+            if request.method == "HEAD" or not re.search("/resolve/|/api/datasets/", request.url.path):
+                return super().send(request, stream=stream, **options)
+            request.extensions["timeout"] = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
+            deadline, wait = time.monotonic() + LOST_AFTER, 0.5
+            while True:
+                told = 0
+                try:
+                    response = super().send(request, stream=stream, **options)
+                    problem = fault(request, response, stream)
+                    if not problem:
+                        return response
+                    response.close()
+                    told = told_wait(response.headers)
+                except httpx.TransportError as error:  # refused, reset, silent, or less than the length announced
+                    problem = str(error) or type(error).__name__
+                if time.monotonic() > deadline:
+                    raise lost(problem)
+                pause = max(wait, min(told, LONGEST_WAIT))
+                if wait < 1 or told:
+                    line = f"The hub ({endpoint()}) fails ({problem}): asking again, first in {pause:g} s."
+                    print(line, file=sys.stderr, flush=True)
+                time.sleep(pause)
+                wait = min(2 * wait, 8)
+
+    def fault(request, response, stream: bool) -> str | None:
+        if response.status_code in (408, 429, 500, 502, 503, 504):
+            return f"{response.status_code} {response.reason_phrase}"
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        if asked and response.is_success and not stream:
+            size, came = int(asked[2]) - int(asked[1]) + 1, len(response.content)
+            if came != size:  # cut off on the way, by something that then announced the rest as if it were the whole
+                return f"{came} bytes of {size}"
+        return None
+
+    def told_wait(headers) -> int:
+        limit, after = parse_ratelimit_headers(headers), headers.get("Retry-After", "")
+        if limit and not limit.remaining:
+            return limit.reset_in_seconds
+        return int(after) if after.isdigit() else 0
+
+    set_client_factory(lambda: Persistent(follow_redirects=True))
+
+
+def lost(problem: str) -> UserError:
+    """The error for a hub that stopped answering in the middle of a run."""
+    return UserError(
+        f"the hub ({endpoint()}) stopped answering ({problem}), and {LOST_AFTER} seconds of asking again did not help. "
+        "When it is back, go on after the last finished epoch with --resume and the run's folder, or start again if "
+        "there is none"
     )
 
 

@@ -2,25 +2,40 @@
 
 It serves folders: `HubServer({"datasets/uoft-cs/cifar100": folder, "models/timm/resnet50.a1_in1k": folder})`. Only what
 the clients ask for is here: repository info, tree, paths-info, and files by revision with ETag and byte ranges.
+
+And it fails, on demand: `faults` are handed out to the questions that a stream asks: for what a data set's repository
+holds, and for ranges of its files.
 """
 
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FAULTS = ("429", "500", "503", "reset", "truncated", "stall", "short")
 
 
 class HubServer:
-    """Serves repositories on a free loopback port; `requests` lists (method, path) of all that was asked."""
+    """Serves repositories on a free loopback port; `requests` lists (method, path) of all that was asked.
 
-    def __init__(self, repositories: dict[str, Path]):
+    Args:
+        faults: one of `FAULTS`, or None for a proper answer, for each of these requests in turn; when they are used up,
+            all goes well. `served` lists those that were met.
+    """
+
+    def __init__(self, repositories: dict[str, Path], faults: Iterable[str | None] = ()):
         self.repositories = repositories
+        self.faults, self.served = iter(faults), []
         self.requests: list[tuple[str, str]] = []
+        self.limit = {"Retry-After": "1"}  # headers that come with a 429
+        self.gone = False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -29,6 +44,11 @@ class HubServer:
         return self
 
     def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        """From now on connections are refused, and those that are open are closed when they ask for more."""
+        self.gone = True
         self.server.shutdown()
         self.server.server_close()
 
@@ -59,6 +79,9 @@ def _handler_for(hub: HubServer):
             self._answer()
 
         def _answer(self):
+            if hub.gone:
+                self.close_connection = True
+                return
             hub.requests.append((self.command, self.path))
             url = urlparse(self.path)
             path, query = unquote(url.path), parse_qs(url.query)
@@ -126,12 +149,29 @@ def _handler_for(hub: HubServer):
             self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", "X-Repo-Commit": COMMIT})
 
         def _send(self, status, content, headers=None):
+            streams = self.command == "GET" and (status == 206 or "/api/datasets/" in self.path)
+            fault = next(hub.faults, None) if streams else None
+            if fault == "short" and status != 206:
+                fault = "truncated"  # an answer that isn't a range promises no other length
+            if fault:
+                hub.served.append(fault)
+            if fault in ("429", "500", "503"):
+                status, content, headers = int(fault), b"", hub.limit if fault == "429" else {}
+            elif fault == "short":  # the length that is announced is that of what comes
+                content = content[: len(content) // 2]
             self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            cut = fault in ("reset", "truncated", "stall")  # half of what was announced comes, and then ...
             if self.command != "HEAD":
-                self.wfile.write(content)
+                self.wfile.write(content[: len(content) // 2] if cut else content)
+            self.close_connection |= cut  # ... the connection is closed (truncated)
+            if fault == "stall":
+                self.rfile.read(1)  # ... nothing, until the client hangs up
+            elif fault == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()  # ... a reset, since nothing may linger
 
     return Handler

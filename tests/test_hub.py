@@ -3,12 +3,15 @@
 import json
 import os
 import socket
+import threading
 import time
+from itertools import chain, cycle, repeat
 
 import pytest
 import timm
 import torch
-from hub_server import HubServer
+from hub_server import COMMIT, FAULTS, HubServer
+from huggingface_hub import constants, get_session
 from safetensors.torch import load_file, save_file
 
 import data
@@ -150,3 +153,121 @@ def test_a_dataset_that_the_hub_lacks_is_named(server, command, tmp_path):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "error: data.source: nobody/nothing can't be loaded" in result.stderr
+
+
+# ---- a hub that fails in the middle of a run ---------------------------------------------------------------------
+
+FILE = f"datasets/uoft-cs/cifar100/resolve/{COMMIT}/cifar100/train-00000-of-00001.parquet"
+
+
+@pytest.fixture
+def failing(server):
+    """Start a hub with the same repositories that fails as told: `failing(faults)`."""
+    started = []
+
+    def start(faults=()) -> HubServer:
+        started.append(HubServer(server.repositories, faults))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_never_taken_for_data(failing, fault, monkeypatch, capfd):
+    pauses = []
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    hub_server = failing([fault, fault])
+    answer = get_session().get(f"{hub_server.url}/{FILE}", headers={"Range": "bytes=100-4099"})
+    path = next(iter(hub_server.repositories.values())) / "cifar100" / "train-00000-of-00001.parquet"
+    assert answer.content == path.read_bytes()[100:4100]
+    assert hub_server.served == [fault, fault]
+    assert pauses == ([1, 1] if fault == "429" else [0.5, 1])
+    assert "asking again" in capfd.readouterr().err
+
+
+def test_the_wait_that_a_rate_limit_announces_is_granted(failing, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    hub_server = failing(["429", "429"])
+    hub_server.limit = {"RateLimit": '"resolvers";r=0;t=200'}
+    assert get_session().get(f"{hub_server.url}/{FILE}", headers={"Range": "bytes=0-3"}).content == b"PAR1"
+    assert pauses == [200, 200]
+
+
+def test_what_the_hub_refuses_is_not_asked_again(failing):
+    hub_server = failing()
+    assert get_session().get(f"{hub_server.url}/{FILE}.missing", headers={"Range": "bytes=0-3"}).status_code == 404
+    assert len(hub_server.requests) == 1
+
+
+def figures(run) -> list[dict]:
+    """The history without what the clock says."""
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def test_a_run_whose_hub_fails_at_every_turn_ends_with_the_same_weights(failing, command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    epochs = ("--phases.finetune.epochs", "2")
+    calm = train(command, failing().url, tmp_path / "home", tmp_path / "calm", *epochs)
+    assert calm.returncode == 0, calm.stderr
+    # Every question of the stream fails first and is then answered.
+    hub_server = failing(chain.from_iterable(zip(cycle(FAULTS), repeat(None))))
+    stormy = train(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *epochs)
+    assert stormy.returncode == 0, stormy.stderr
+    assert len(hub_server.served) >= 20 and set(hub_server.served) == set(FAULTS)
+    weights = [(tmp_path / name / "run" / "best" / "model.safetensors").read_bytes() for name in ("calm", "stormy")]
+    assert weights[0] == weights[1]
+    assert figures(tmp_path / "calm" / "run") == figures(tmp_path / "stormy" / "run")
+
+
+# The command with less patience: nobody waits two minutes for a test.
+HASTY = "import hub, runpy; hub.LOST_AFTER = 3; runpy.run_path('train.py', run_name='__main__')"
+
+
+def train_hastily(command, server_url, home, output, *more):
+    return train(lambda _, *args, env: command("-c", HASTY, *args, env=env), server_url, home, output, *more)
+
+
+def check_lost(result):
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: the hub (http://127.0.0.1:") and "stopped answering" in error
+    assert "--resume" in error
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_hub_that_stays_down_ends_the_run_soon_with_its_checkpoint(failing, command, tmp_path, workers):
+    hub_server, run = failing(), tmp_path / "runs" / "run"
+
+    def stop_after_the_first_epoch():
+        while not (run / "checkpoints" / "00001").exists():
+            time.sleep(0.02)
+        hub_server.stop()
+
+    threading.Thread(target=stop_after_the_first_epoch, daemon=True).start()
+    options = ("--data.workers", workers, "--phases.finetune.epochs", "3")
+    began = time.monotonic()
+    check_lost(train_hastily(command, hub_server.url, tmp_path / "home", tmp_path / "runs", *options))
+    assert time.monotonic() - began < 60
+    assert list((run / "checkpoints").iterdir())
+    # The way on that the error names.
+    result = command("train.py", "--resume", str(run), env={"HF_ENDPOINT": failing().url, "HF_HOME": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert [row["epoch"] for row in figures(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("faults", [repeat("503"), chain(repeat(None, 5), repeat("stall"))], ids=["listing", "rows"])
+def test_a_hub_that_dies_before_the_first_row_is_given_up(failing, command, tmp_path, monkeypatch, faults):
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
+    check_lost(train_hastily(command, failing(faults).url, tmp_path / "home", tmp_path / "runs"))
+
+
+def test_a_password_in_the_endpoint_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:secret@mirror.example/hub/")
+    assert hub.endpoint() == "https://mirror.example/hub"
+    assert "secret" not in str(hub.lost("timed out"))
