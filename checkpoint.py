@@ -10,13 +10,13 @@ Nothing here unpickles foreign objects.
 import hashlib
 import json
 import os
-import pickle
 import random
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -225,7 +225,7 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     try:
         accelerator.load_state(str(path))
         restored = states.is_file() and _random_states_are(load_safely(states))
-    except pickle.UnpicklingError as error:  # Accelerate loads with weights_only
+    except UnpicklingError as error:  # Accelerate loads with weights_only
         raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error
     if not restored:
         raise UserError(

@@ -518,6 +518,7 @@ def _set(tree: dict, dotted: str, text: str):
 def _explain(problem: dict) -> str:
     """One pydantic error as one sentence in the words of this project."""
     location = [str(part) for part in problem["loc"] if part != "[key]"]
+    location = location or ["?"]  # pydantic hides a key that is called [key]
     field, value = ".".join(location), problem["input"]
     fields = _fields_at(location[:-1])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -10,6 +10,7 @@ hub answers, and one clear error if it stays away.
 
 import http.client
 import os
+import re
 import sys
 import threading
 import time

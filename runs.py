@@ -99,6 +99,7 @@ def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: i
     """
     path = run / "config.yaml"
     before = check(read_yaml(path), str(path))
+    before = dataclasses.replace(before, data=dataclasses.replace(before.data, streaming=before.data.streams))
     notes = launch.check_same(before.environment, accelerator)
     micro = config.data.micro_batch_size if config.data.micro_batch_size != "auto" else before.data.micro_batch_size
     data = dataclasses.replace(config.data, streaming=config.data.streams, micro_batch_size=micro)

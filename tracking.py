@@ -91,10 +91,12 @@ class Tracking:
         if self.last is None:
             return
         step, title, number = self.last
+        saved = any(self.history.parent.glob("checkpoints/[0-9]*"))
+        resume = f"--resume {self.history.parent} " if saved else ""
         if unapplied := int(step.unapplied.item()):
             raise UserError(
                 f"the loss is not finite in {title}, step {number - unapplied + 1}: no update was applied from there. "
-                f"Ways on: clip gradients (--resume {self.history.parent} --clip_norm 1), or start again at a lower lr",
+                f"Ways on: clip gradients ({resume}--clip_norm 1), or start again at a lower lr",
                 shared=True,
             )
 

@@ -68,7 +68,7 @@ def test_the_lock_dies_with_its_owner(make_config, made):
 def test_an_output_folder_that_can_not_be_made(make_config, tmp_path, place):
     (tmp_path / "file").write_text("")
     config = make_config(output_dir=str(tmp_path / place))
-    with pytest.raises(UserError, match=r"output_dir: .* can't be made"):
+    with pytest.raises(UserError, match=r"output_dir: .* is no folder"):
         runs.opened(Accelerator(cpu=True), config, None).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
