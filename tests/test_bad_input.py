@@ -227,7 +227,7 @@ CASES = [
     recipe("an infinite number", f"{ONE}\nclip_norm: .inf", "clip_norm: should be a finite number, not inf"),
     # ---- resuming
     option("--resume {dir}/nowhere", "--resume: {dir}/nowhere is not a run folder"),
-    Case("resume: with other options", "--resume {dir}/taken --seed 1", 2, ("seed was 0 and can't become 1",), run_folder),
+    Case("resume: with other options", "--resume {dir}/taken --seed 1", 2, ("seed was 0 and can't",), run_folder),
     # ---- sources
     option("--data.source {dir}/nothing", "data.source: there is no file or folder {dir}/nothing"),
     option("--data.source ~nobody-of-that-name/x", "data.source: ~nobody-of-that-name/x can't be read"),
