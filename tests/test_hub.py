@@ -240,15 +240,12 @@ def check_lost(result):
     assert "--resume" in error
 
 
-@pytest.mark.xfail(
-    reason="fails since checkpoints in mid-epoch were merged; not understood yet, see docs/reliability.md"
-)
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_hub_that_stays_down_ends_the_run_soon_with_its_checkpoint(failing, command, tmp_path, workers):
     hub_server, run = failing(), tmp_path / "runs" / "run"
 
     def stop_after_the_first_epoch():
-        while not (run / "checkpoints" / "00001").exists():
+        while not any(run.glob("checkpoints/00001-*")):
             time.sleep(0.02)
         hub_server.stop()
 
