@@ -33,7 +33,7 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int):
                 f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
                 f"smaller --data.micro_batch_size (or auto; the batch size stays), --mixed_precision bf16; {way_on}"
             ) from error
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL):
             raise UserError(
                 f"the disk is full: {first_line(error)}. What was written before is intact: make room, and {way_on}"
             ) from error
@@ -47,6 +47,7 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int):
         raise
 
 
+FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")  # torch's writer gives no reason
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket", "NCCL")
 
 

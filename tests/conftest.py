@@ -1,9 +1,12 @@
 """What the tests share: caches of their own, a tiny data set, a tiny run, the real command as a child process."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 # Before any library is imported: no test may read, or leave anything in, the caches and accounts of whoever runs it.
@@ -100,3 +103,48 @@ def run_command(*args: str, env: dict | None = None, launcher=(sys.executable,),
 @pytest.fixture
 def command():
     return run_command
+
+
+@pytest.fixture
+def long_run(parquet, tmp_path):
+    """Start a run that is too long to end by itself, wait for its first epoch, and return (process, run folder)."""
+    started = []
+
+    def begin(launcher=(sys.executable,), env=None, *more):
+        args = ["train.py", "--config", "recipes/demo_scratch.yaml", "--data.source", str(parquet)]
+        args += ["--data.workers", "1", "--data.batch_size", "32", "--phases.train.epochs", "1000"]
+        args += ["--output_dir", str(tmp_path), "--run_name", "run", *more]
+        process = subprocess.Popen(
+            [*launcher, *args], cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        started.append(process)
+        history = tmp_path / "run" / "history.jsonl"
+        wait_until(lambda: ended(process) or (history.exists() and history.read_text()))
+        return process, tmp_path / "run"
+
+    def ended(process):
+        assert process.poll() is None, process.stderr.read()
+
+    yield begin
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_until(condition, seconds=120):
+    """Look again and again; what the condition gave, once it is true."""
+    until = time.monotonic() + seconds
+    while not (it := condition()):
+        assert time.monotonic() < until, f"nothing for {seconds} s"
+        time.sleep(0.05)
+    return it
+
+
+def error_of(process, seconds=60) -> str:
+    """What a process that is about to end wrote on stderr; fails if it does not end."""
+    try:
+        return process.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"still running after {seconds} s:\n{process.communicate()[1]}")

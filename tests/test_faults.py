@@ -1,0 +1,217 @@
+"""What befalls a run that is set up rightly: a full disk, too little memory, a worker or a process that is gone."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import error_of, phase, wait_until
+from test_launch import TORCHRUN, TWO_PROCESSES
+
+import checkpoint
+import faults
+import train
+from errors import UserError
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="uses what only Linux has")
+
+
+# ---- a full disk ------------------------------------------------------------------------------------------------
+
+
+@linux
+@pytest.mark.parametrize(
+    "size",
+    [  # in each place something else is being written; a checkpoint has 6 MB, best/ 1.5
+        "15m",  # the optimizer
+        *(pytest.param(other, marks=pytest.mark.slow) for other in ("9m", "13m", "14m", "16m", "19m")),
+    ],
+)
+def test_a_full_disk_is_told_and_costs_nothing_that_was_written(command, tmp_path, size):
+    """On a tmpfs of this size, in a mount namespace of the test's own; the folder is looked at in a copy."""
+    disk, copy = tmp_path / "disk", tmp_path / "runs"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size={size} tmpfs {disk}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a tmpfs of his own")
+    args = ["train.py", "--config", "recipes/demo_scratch.yaml", "--data.embedded_rows", "400", "--data.workers", "0"]
+    args += ["--phases.train.epochs", "4", "--run_name", "run", "--output_dir"]
+    result = command(
+        f'{mount} && "$@"; code=$?; cp -r {disk} {copy}; exit $code', "sh", sys.executable, *args, str(disk),
+        launcher=("unshare", "-rm", "sh", "-c"),
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    told = result.stderr.strip().splitlines()[-1]
+    assert told.startswith("error: the disk is full: ")
+    assert told.endswith(f"make room, and go on with: accelerate launch train.py --resume {disk}/run")
+
+    run = copy / "run"
+    assert not (run / "checkpoints" / "unfinished").exists(), "it would be of no use, and takes room"
+    checkpoints = checkpoint._folders(run)
+    assert checkpoints and not any(map(checkpoint._fault, checkpoints))
+    rows = (run / "history.jsonl").read_text().splitlines()
+    assert [json.loads(row)["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= int(checkpoints[-1].name.split("-")[0])
+
+    resumed = command("train.py", "--resume", str(run))
+    assert resumed.returncode == 0, resumed.stderr
+    assert [json.loads(row)["epoch"] for row in (run / "history.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------
+
+# The command on a machine with so many MiB left when its libraries have been loaded.
+NARROW = """
+import psutil, resource, runpy, sys
+import train, torch, timm, kornia
+torch.set_num_threads(1)
+left = int(sys.argv.pop(1)) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + left, resource.RLIM_INFINITY))
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def train_narrowly(command, folder, name, left, *more):
+    return command(
+        "-c", NARROW, str(left), "--config", "recipes/demo_scratch.yaml", "--data.embedded_rows", "600",
+        "--data.batch_size", "256", "--data.image_size", "128", "--data.workers", "0", "--phases.train.epochs", "1",
+        "--output_dir", str(folder), "--run_name", name, *more,
+    )  # fmt: skip
+
+
+@linux
+def test_memory_that_runs_out_is_told_with_the_ways_on(command, tmp_path):
+    result = train_narrowly(command, tmp_path, "run", 900)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    told = result.stderr.strip().splitlines()[-1]
+    assert told.startswith("error: out of memory with 256 images per forward pass on each process (cpu)")
+    for way_on in ("--data.micro_batch_size", "auto", "--mixed_precision bf16"):
+        assert way_on in told
+    assert not (tmp_path / "run").exists(), "nothing was trained, so nothing is left behind"
+
+
+@linux
+def test_the_micro_batch_is_halved_until_it_fits_and_recorded(command, tmp_path):
+    result = train_narrowly(command, tmp_path, "run", 900, "--data.micro_batch_size", "auto")
+    assert result.returncode == 0, result.stderr
+    settled = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert settled["batch_size"] == 256, "the global batch is kept"
+    assert settled["micro_batch_size"] in (8, 16, 32, 64, 128)
+    assert json.loads((tmp_path / "run" / "history.jsonl").read_text())["step"] == 1, "of 256 images"
+
+
+class Small(torch.nn.Module):
+    """Has memory for so many images."""
+
+    def __init__(self, images: int):
+        super().__init__()
+        self.images, self.seen = images, []
+        self.head = torch.nn.Linear(3, 2)
+
+    def forward(self, images):
+        self.seen.append(len(images))
+        if len(images) > self.images:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.head(images.mean((2, 3)))
+
+
+def fitting(make_config, model, share):
+    config = make_config({"only": phase()})
+    accelerator = train.launch.make_accelerator(config)
+    to_float = torch.nn.Module()
+    to_float.forward = lambda images: images / 255
+    return faults.fitting_micro_batch(accelerator, config, model, to_float, (8, 8), share)
+
+
+@pytest.mark.parametrize(("share", "fits"), [(64, 16), (48, 12), (36, 9), (30, 15), (16, 16), (17, 1)])
+def test_sizes_that_divide_the_share_are_tried_downwards(make_config, share, fits):
+    assert fitting(make_config, Small(16), share) == fits
+
+
+def test_trying_leaves_the_model_and_the_random_state_as_they_were(make_config):
+    model = Small(16)
+    before, state = model.head.weight.detach().clone(), torch.get_rng_state()
+    fitting(make_config, model, 64)
+    assert torch.equal(model.head.weight, before) and model.head.weight.grad is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_not_even_one_image_fits(make_config):
+    with pytest.raises(UserError, match="not even one image fits"):
+        fitting(make_config, Small(0), 64)
+
+
+def test_another_error_is_not_taken_for_memory(make_config):
+    class Broken(Small):
+        def forward(self, images):
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        fitting(make_config, Broken(0), 64)
+
+
+# ---- somebody is gone -------------------------------------------------------------------------------------------
+
+
+def kill_a_child(process, is_it) -> None:
+    """SIGKILL to one of a process's descendants. They may come and go: once per epoch, if loader workers."""
+
+    def killed():
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                if is_it(child):
+                    child.kill()
+                    return True
+            except psutil.NoSuchProcess:
+                pass
+        return False
+
+    wait_until(killed)
+
+
+@linux
+def test_a_killed_loader_worker_is_told_and_does_not_hang_the_run(long_run):
+    process, run = long_run()
+    wait_until(lambda: checkpoint._folders(run))
+    kill_a_child(process, lambda child: child.ppid() == process.pid and "train.py" in " ".join(child.cmdline()))
+    told = error_of(process)
+    assert process.returncode == 1
+    assert "Traceback" not in told
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("error: a loader's worker died (") and "--data.workers" in last
+    assert last.endswith(f"go on with: accelerate launch train.py --resume {run}")
+    assert checkpoint._folders(run)
+
+
+def test_one_of_two_processes_is_killed_and_torchrun_ends_the_other(long_run):
+    process, run = long_run(TORCHRUN, TWO_PROCESSES)
+    wait_until(lambda: checkpoint._folders(run))
+    kill_a_child(process, lambda child: child.environ().get("RANK") == "1" and child.ppid() == process.pid)
+    error_of(process)
+    assert process.returncode != 0
+    assert not psutil.pid_exists(process.pid)
+    assert checkpoint._folders(run)
+
+
+BOTH = ("sh", "-c", 'RANK=1 LOCAL_RANK=1 "$@" 2>/dev/null & RANK=0 LOCAL_RANK=0 exec "$@"', "sh", sys.executable)
+
+
+def test_one_of_two_processes_is_killed_and_the_other_ends_by_itself(long_run):
+    """Without a launcher that would see to it: on another machine, say."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    process, run = long_run(BOTH, TWO_PROCESSES | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    kill_a_child(process, lambda child: child.environ()["RANK"] == "1" and child.ppid() == process.pid)
+    told = error_of(process)
+    assert process.returncode == 1
+    assert "Traceback" not in told
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("error: another process of this run is gone (")
+    assert last.endswith(f"go on with: accelerate launch train.py --resume {run}")
