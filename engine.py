@@ -76,15 +76,18 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def validate(accelerator: Accelerator, model: nn.Module, loader, transform: nn.Module) -> dict[str, float]:
+def validate(
+    accelerator: Accelerator, model: nn.Module, loader, transform: nn.Module, micro_batch_size: int
+) -> dict[str, float]:
     """Loss (nats), top-1 and top-5 (fractions) over every row of the loader, each exactly once.
 
+    Batches go through the model in pieces of `micro_batch_size` images, like those of training: what fits there fits.
     `model` is the prepared one: unwrapped copies can hold different batch-norm statistics on different processes.
     """
     model.eval()
     metrics = Classification()
     for batch in loader:
-        logits = model(transform(batch["image"]))
+        logits = torch.cat([model(transform(images)) for images in batch["image"].split(micro_batch_size)])
         losses = F.cross_entropy(logits, batch["label"], ignore_index=IGNORED, reduction="none")
         # Batch by batch, because the last one is padded so that all processes have equally much.
         metrics.add(*accelerator.gather_for_metrics(metrics.reduce(logits, batch["label"], losses)))

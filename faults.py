@@ -106,7 +106,9 @@ def _try_step(accelerator: Accelerator, model: nn.Module, phase, transform: nn.M
         train_mode(trial)
         optimizer = make_optimizer(phase, trial)
         images = transform(torch.zeros(shape, dtype=torch.uint8, device=accelerator.device))
-        with accelerator.autocast():
-            loss = trial(images).float().logsumexp(1).mean()
-        loss.backward()
-        optimizer.step()
+        for _ in range(2):  # in the second the optimizer's state is there, too
+            with accelerator.autocast():
+                loss = trial(images).float().logsumexp(1).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()

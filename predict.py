@@ -54,7 +54,7 @@ from engine import validate
 def predict(run: Path, split: str, config: Config) -> dict[str, float]:
     """Loss (nats), top-1 and top-5 (fractions) of a run's best weights on a split, also written to its predictions/."""
     accelerator = launch.make_accelerator(config)
-    share, _ = launch.share_of_batch(config, accelerator)
+    share, micro_batch_size = launch.share_of_batch(config, accelerator)
     source = data.load(config.data)
     if getattr(source, split) is None:
         raise UserError(f"{run}: its data have no {split} split (data.test_split is null)", USAGE)
@@ -62,7 +62,7 @@ def predict(run: Path, split: str, config: Config) -> dict[str, float]:
     _, transform = augment.build(config, model.pretrained_cfg, source.size, accelerator.device)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     rows = accelerator.prepare(data.loader(source, split, config.data, share, config.seed))
-    result = validate(accelerator, model, rows, transform)
+    result = validate(accelerator, model, rows, transform, micro_batch_size)
     if accelerator.is_main_process:
         path = run / "predictions" / f"{split}.json"
         path.parent.mkdir(exist_ok=True)

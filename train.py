@@ -143,7 +143,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                             f"the training split has fewer rows than data.batch_size {config.data.batch_size}"
                         )
                     training_ended = time.perf_counter()
-                    validated = validate(accelerator, model, interrupt.watch(val_loader), transform)
+                    val_batches = interrupt.watch(val_loader)
+                    validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                 except Interrupted:
                     tracking.check_finite()
                     checkpoints.save(state, metrics)
@@ -185,7 +186,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         if source.test is not None:
             model = accelerator.prepare_model(model, evaluation_mode=True)
             test_loader = accelerator.prepare(data.loader(source, "test", config.data, share, config.seed))
-            tested = validate(accelerator, model, interrupt.watch(test_loader), transform)
+            tested = validate(accelerator, model, interrupt.watch(test_loader), transform, micro_batch_size)
         summary = {"model": config.model.name, "best_epoch": state.best_epoch, "best_val_top1": state.best_top1}
         summary |= {f"test_{key}": value for key, value in tested.items()}
         summary |= {"epochs": state.epoch, "minutes": state.minutes}

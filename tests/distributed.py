@@ -40,7 +40,7 @@ def main(parquet: str) -> None:
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         rows = accelerator.prepare(data.loader(source, "validation", config, 7, seed=0))
         result[f"validate_{'streamed' if streaming else 'mapped'}"] = validate(
-            accelerator, prepared, rows, lambda images: images.float() / 255
+            accelerator, prepared, rows, lambda images: images.float() / 255, 3
         )
         accelerator.free_memory()
 

@@ -171,7 +171,7 @@ def test_validation_counts_every_row_once_and_changes_nothing(batch):
     model, accelerator = make_model(), accelerator_of()
     before = copy.deepcopy(model.state_dict())
     prepared, loader = accelerator.prepare(model, DataLoader(ROWS[:53], batch_size=batch))
-    result = validate(accelerator, prepared, loader, nn.Identity())
+    result = validate(accelerator, prepared, loader, nn.Identity(), micro_batch_size=20)
     with torch.no_grad():
         logits = model.eval()(IMAGES[:53])
     labels = torch.arange(53) % 4

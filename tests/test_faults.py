@@ -81,6 +81,7 @@ def train_narrowly(command, folder, name, left, *more):
         "-c", NARROW, str(left), "--config", "recipes/demo_scratch.yaml", "--data.embedded_rows", "600",
         "--data.batch_size", "256", "--data.image_size", "128", "--data.workers", "0", "--phases.train.epochs", "1",
         "--output_dir", str(folder), "--run_name", name, *more,
+        env={"MALLOC_ARENA_MAX": "1"},  # else each thread may reserve 64 MiB of addresses, which count
     )  # fmt: skip
 
 

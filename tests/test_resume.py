@@ -56,7 +56,7 @@ def stop_at(monkeypatch, number, step=None, batch=None):
             yield one
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
-    monkeypatch.setattr(train, "validate", lambda a, m, loader, t: real_validate(a, m, watched(loader), t))
+    monkeypatch.setattr(train, "validate", lambda a, m, loader, *rest: real_validate(a, m, watched(loader), *rest))
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,11 @@ def test_the_best_weights_are_those_that_are_tested(make_config, monkeypatch):
     real, figures = train.validate, iter([0.9, 0.1])
     tested = {}
 
-    def scripted(accelerator, model, loader, transform):
+    def scripted(accelerator, model, *rest):
         top1 = next(figures, None)
         if top1 is None:
             tested.update(model.state_dict())
-            return real(accelerator, model, loader, transform)
+            return real(accelerator, model, *rest)
         return {"loss": 1.0, "top1": top1, "top5": 1.0}
 
     monkeypatch.setattr(train, "validate", scripted)
@@ -131,9 +131,9 @@ def test_training_sees_augmented_images_and_validation_and_test_do_not(make_conf
         seen["train"] = transform
         return real_train(accelerator, model, loader, transform, *rest)
 
-    def spy_validate(accelerator, model, loader, transform):
+    def spy_validate(accelerator, model, loader, transform, *rest):
         seen.setdefault("evaluate", []).append(transform)
-        return real_validate(accelerator, model, loader, transform)
+        return real_validate(accelerator, model, loader, transform, *rest)
 
     monkeypatch.setattr(train, "train_epoch", spy_train)
     monkeypatch.setattr(train, "validate", spy_validate)
