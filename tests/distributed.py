@@ -7,14 +7,19 @@ import sys
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
+from conftest import phase
+from test_faults import Small
 from torch import nn
 
 import data
 import models
-from config import DataConfig, ModelConfig, PhaseConfig
+from config import DataConfig, ModelConfig, PhaseConfig, check
 from engine import train_epoch, unwrap, validate
+from faults import fitting_micro_batch
 from metrics import Classification
 from phases import make_optimizer
+
+SGD = PhaseConfig(modules="all", epochs=1, lr=0.05, optimizer="sgd")
 
 
 def digest(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
@@ -22,7 +27,58 @@ def digest(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
     return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in state.values())).hexdigest()
 
 
-def main(parquet: str) -> None:
+def same_everywhere(value) -> bool:
+    return len(set(gather_object([json.dumps(value)]))) == 1
+
+
+def a_loss_that_is_not_finite_on_one_process(accelerator: Accelerator, model: nn.Module) -> None:
+    """Only rank 1 sees it, in its third step; nobody applies that update or a later one, and all know since when."""
+    batch = {"image": torch.rand(4, 3, 32, 32), "label": torch.arange(4)}
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(SGD, model))
+    calls, digests, unapplied = [], [], []
+
+    def transform(images):
+        calls.append(1)
+        return images * (torch.nan if accelerator.process_index == 1 and len(calls) == 3 else 1)
+
+    parameters = tuple(name for name, _ in model.named_parameters())
+    for step in train_epoch(accelerator, prepared, [batch] * 5, transform, optimizer, Classification(), 4):
+        unapplied.append(int(step.unapplied))
+        digests.append(digest(model, parameters))
+    assert unapplied == [0, 0, 1, 2, 3], (accelerator.process_index, unapplied)
+    assert digests[0] != digests[1] and len(set(digests[1:])) == 1
+    assert same_everywhere(digests)
+
+
+def a_micro_batch_that_fits_everywhere(accelerator: Accelerator) -> None:
+    """Rank 0 has memory for 16 images, rank 1 for 4."""
+    config = check({"phases": {"only": phase()}}, "here")
+    model = Small(16 if accelerator.process_index == 0 else 4)
+    transform = nn.Module()
+    transform.forward = lambda images: images / 255
+    assert fitting_micro_batch(accelerator, config, model, transform, (8, 8), 32) == 4
+    assert model.seen == []  # tried on copies
+
+
+def corrupt_images(accelerator: Accelerator, corrupted: str) -> None:
+    """Skipped on one process, they cost the others no batch, and all count as many."""
+    config = DataConfig(source=corrupted, streaming=False, workers=0, batch_size=4, folds=2, on_corrupt="skip")
+    source = data.load(config)
+    model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
+    model, optimizer, train_rows, test_rows = accelerator.prepare(
+        model,
+        make_optimizer(SGD, model),
+        data.loader(source, "train", config, 2, 0),
+        data.loader(source, "test", config, 4, 0),
+    )
+    metrics, transform = Classification(), lambda images: images.float() / 255
+    steps = sum(1 for _ in train_epoch(accelerator, model, train_rows, transform, optimizer, metrics, 2))
+    trained, tested = metrics.compute(accelerator.gather), validate(accelerator, model, test_rows, transform, 4)
+    assert steps == len(source.train) // 4 and tested["corrupt"] == 2
+    assert same_everywhere([steps, trained, tested])
+
+
+def main(parquet: str, corrupted: str) -> None:
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
@@ -72,16 +128,24 @@ def main(parquet: str) -> None:
         images = sum(step.images for step in steps)
         gathered = metrics.compute(accelerator.gather)
         model = unwrap(accelerator, prepared)
-        assert len(set(gather_object([json.dumps(gathered)]))) == 1, "every rank has the same figures"
+        assert same_everywhere(gathered), "every rank has the same figures"
         buffers = tuple(name for name, _ in model.named_buffers())
         parameters = tuple(name for name, _ in model.named_parameters() if name not in buffers)
         assert len(set(gather_object([digest(model, parameters)]))) == 1, f"ranks diverged in {modules}"
         assert digest(model, frozen) == before, f"{frozen} were frozen and changed"
         result[modules[0]] = images
+
+    a_micro_batch_that_fits_everywhere(accelerator)
+    corrupt_images(accelerator, corrupted)
+    accelerator.free_memory()
+    set_seed(0)
+    a_loss_that_is_not_finite_on_one_process(
+        accelerator, models.create(ModelConfig(name="test_resnet"), list("abcd"), (32, 32))[0]
+    )
     if accelerator.is_main_process:
         print(json.dumps(result))
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -7,6 +7,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from conftest import ROOT
+from test_data import encode, noise, parquet_of
 
 import data
 import launch
@@ -24,8 +25,11 @@ TWO_PROCESSES = {
 }
 
 
-def test_two_processes_measure_and_train_as_one(command, parquet):
-    result = command("tests/distributed.py", str(parquet), launcher=TORCHRUN, env=TWO_PROCESSES)
+def test_two_processes_measure_and_train_as_one(command, parquet, tmp_path):
+    images = [encode(image) for image in noise(30)]
+    images[7] = images[11] = {"bytes": b"", "path": None}
+    corrupted = parquet_of(tmp_path, images)
+    result = command("tests/distributed.py", str(parquet), str(corrupted), launcher=TORCHRUN, env=TWO_PROCESSES)
     assert result.returncode == 0, result.stderr[-3000:]
     measured = json.loads(result.stdout.splitlines()[-1])
 
