@@ -21,6 +21,7 @@ os.environ |= {
 for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS", "HF_TOKEN"):
     os.environ.pop(name, None)
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -148,3 +149,19 @@ def error_of(process, seconds=60) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         pytest.fail(f"still running after {seconds} s:\n{process.communicate()[1]}")
+
+
+def kill_a_child(process, is_it) -> None:
+    """SIGKILL to one of a process's descendants. They may come and go: once per epoch, if loader workers."""
+
+    def killed():
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                if is_it(child):
+                    child.kill()
+                    return True
+            except psutil.NoSuchProcess:
+                pass
+        return False
+
+    wait_until(killed)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import error_of, phase, wait_until
+from conftest import error_of, kill_a_child, phase, wait_until
 from test_launch import TORCHRUN, TWO_PROCESSES
 
 import checkpoint
@@ -158,22 +158,6 @@ def test_another_error_is_not_taken_for_memory(make_config):
 
 
 # ---- somebody is gone -------------------------------------------------------------------------------------------
-
-
-def kill_a_child(process, is_it) -> None:
-    """SIGKILL to one of a process's descendants. They may come and go: once per epoch, if loader workers."""
-
-    def killed():
-        for child in psutil.Process(process.pid).children(recursive=True):
-            try:
-                if is_it(child):
-                    child.kill()
-                    return True
-            except psutil.NoSuchProcess:
-                pass
-        return False
-
-    wait_until(killed)
 
 
 @linux

@@ -1,11 +1,15 @@
 import json
 import os
+import signal
 import socket
+import sys
 
 import pytest
 import torch
 import wandb
 from accelerate import Accelerator
+from conftest import error_of, kill_a_child, wait_until
+from wandb_server import WandbServer
 
 import tracking
 from engine import Step
@@ -137,3 +141,27 @@ def test_a_resumed_run_goes_on_under_the_same_id_in_wandb(start, tmp_path, no_ac
         wandb.teardown()
     ids = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert ids == {state.tracker_id}
+
+
+# The command with less patience: nobody waits a minute for a test.
+HASTY = "import runpy, sys, tracking; tracking.WANDB_PATIENCE = 3; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+
+
+@pytest.mark.parametrize("fault", ["its service is killed", "it can't be reached any more"])
+def test_a_tracker_that_is_lost_in_mid_run_stops_nothing(long_run, tmp_path, fault):
+    server = WandbServer()
+    account = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "HOME": str(tmp_path)}
+    process, run = long_run((sys.executable, "-c", HASTY), account, "--tracking", "wandb")
+    wait_until(lambda: any("val_top1" in row for row in server.figures))
+    if fault == "its service is killed":
+        kill_a_child(process, lambda child: "wandb-core" in child.name())
+    server.stop()
+
+    epochs = len((run / "history.jsonl").read_text().splitlines())
+    wait_until(lambda: len((run / "history.jsonl").read_text().splitlines()) > epochs + 2)
+    process.send_signal(signal.SIGTERM)
+    told = error_of(process)
+    assert process.returncode == 143, told
+    assert "Traceback" not in told
+    assert told.count("W&B is gone (") == 1 and f"see {run}/history.jsonl" in told
+    assert len(server.started) == 1
