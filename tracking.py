@@ -91,12 +91,16 @@ class Tracking:
         if self.last is None:
             return
         step, title, number = self.last
-        saved = any(self.history.parent.glob("checkpoints/[0-9]*"))
-        resume = f"--resume {self.history.parent} " if saved else ""
         if unapplied := int(step.unapplied.item()):
+            ways = "start again with --clip_norm 1 or a lower lr"
+            if any(self.history.parent.glob("checkpoints/[0-9]*")):
+                ways = (
+                    f"--resume {self.history.parent} --clip_norm 1, or with a lower lr for this phase, if no checkpoint "
+                    "was written in it yet; or a new run"
+                )
             raise UserError(
                 f"the loss is not finite in {title}, step {number - unapplied + 1}: no update was applied from there. "
-                f"Ways on: clip gradients ({resume}--clip_norm 1), or start again at a lower lr",
+                f"Ways on: {ways}",
                 shared=True,
             )
 

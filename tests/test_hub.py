@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 import time
-from itertools import chain, cycle, repeat
+from itertools import chain, cycle, islice, repeat
 
 import pytest
 import timm
@@ -214,8 +214,8 @@ def test_a_run_whose_hub_fails_at_every_turn_ends_with_the_same_weights(failing,
     epochs = ("--phases.finetune.epochs", "2")
     calm = train(command, failing().url, tmp_path / "home", tmp_path / "calm", *epochs)
     assert calm.returncode == 0, calm.stderr
-    # Every question of the stream fails first and is then answered.
-    hub_server = failing(chain.from_iterable(zip(cycle(FAULTS), repeat(None))))
+    # Every question of the stream fails first and is then answered, until there have been 24 faults.
+    hub_server = failing(chain.from_iterable(zip(islice(cycle(FAULTS), 24), repeat(None))))
     stormy = train(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *epochs)
     assert stormy.returncode == 0, stormy.stderr
     assert len(hub_server.served) >= 20 and set(hub_server.served) == set(FAULTS)
@@ -240,7 +240,7 @@ def check_lost(result):
     assert "--resume" in error
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_hub_that_stays_down_ends_the_run_soon_with_its_checkpoint(failing, command, tmp_path, workers):
     hub_server, run = failing(), tmp_path / "runs" / "run"
 
@@ -261,7 +261,13 @@ def test_a_hub_that_stays_down_ends_the_run_soon_with_its_checkpoint(failing, co
     assert [row["epoch"] for row in figures(run)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("faults", [repeat("503"), chain(repeat(None, 5), repeat("stall"))], ids=["listing", "rows"])
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(repeat("503"), id="listing", marks=pytest.mark.slow),
+        pytest.param(chain(repeat(None, 5), repeat("stall")), id="rows"),
+    ],
+)
 def test_a_hub_that_dies_before_the_first_row_is_given_up(failing, command, tmp_path, monkeypatch, faults):
     monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
     check_lost(train_hastily(command, failing(faults).url, tmp_path / "home", tmp_path / "runs"))

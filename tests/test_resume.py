@@ -174,6 +174,22 @@ def test_data_that_have_changed_are_told(make_config, monkeypatch, image_rows, t
         train.train(config, resume=tmp_path / "runs" / "run")
 
 
+def test_a_phase_that_diverges_goes_on_from_the_one_before_at_a_lower_rate(make_config):
+    """And is then what it would have been with that rate from the start."""
+    finetune = PHASES["finetune"]
+    config = make_config(PHASES)
+    whole = train.train(dataclasses.replace(config, run_name="whole"))
+    fresh()
+    run = whole.with_name("run")
+    way_on = rf"--resume {run} --clip_norm 1, or with a lower lr for this phase"
+    with pytest.raises(UserError, match=rf"the loss is not finite in phase finetune, epoch 3, step \d: .*{way_on}"):
+        train.train(make_config(PHASES | {"finetune": finetune | {"lr": 1e9, "optimizer": "sgd"}}))
+    assert checkpoint._folders(run)[-1].name.startswith("00002-"), "of the end of the phase before"
+    fresh()
+    train.train(config, resume=run)
+    assert_same(run, whole)
+
+
 def test_a_finished_run_is_not_resumed(make_config):
     run = train.train(make_config({"only": phase()}))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
