@@ -95,8 +95,8 @@ class Tracking:
             ways = "start again with --clip_norm 1 or a lower lr"
             if any(self.history.parent.glob("checkpoints/[0-9]*")):
                 ways = (
-                    f"--resume {self.history.parent} --clip_norm 1, or with a lower lr for this phase, if no checkpoint "
-                    "was written in it yet; or a new run"
+                    f"--resume {self.history.parent} --clip_norm 1, or with a lower lr for this phase if no checkpoint "
+                    "was written in it; or a new run"
                 )
             raise UserError(
                 f"the loss is not finite in {title}, step {number - unapplied + 1}: no update was applied from there. "

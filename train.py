@@ -4,6 +4,7 @@
     accelerate launch --mixed_precision bf16 train.py                     # the same in bf16, on a GPU or a CPU
     accelerate launch --multi_gpu --num_processes 4 train.py              # the same on four GPUs
     accelerate launch train.py --config recipes/deep_cnn.yaml --seed 1    # another recipe, one value overridden
+    accelerate launch train.py --resume runs/NAME                         # go on where a run was stopped or killed
     python train.py --help                                                # every option
 
 A run is a model, a data source and a list of phases. A phase says which modules train, for how many epochs and how;

@@ -7,6 +7,7 @@ second and not ten. Prints one JSON object: how many kills fell where.
 """
 
 import argparse
+import contextlib
 import json
 import mmap
 import os
@@ -166,7 +167,8 @@ def main() -> None:
             if wait(children, draw.uniform(0.2, 1.0) * took) is None:
                 counts[PLACES[place[0]]] += 1
                 for pid in children:
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # one of two may just have ended by itself
+                        os.kill(pid, signal.SIGKILL)
                 wait(children, 60)
             elif not (run / "summary.json").exists():
                 sys.exit(f"an attempt failed:\n{(args.folder / 'log0').read_text()[-3000:]}")
