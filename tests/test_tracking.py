@@ -152,7 +152,7 @@ def test_a_tracker_that_is_lost_in_mid_run_stops_nothing(long_run, tmp_path, fau
     server = WandbServer()
     account = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "HOME": str(tmp_path)}
     process, run = long_run((sys.executable, "-c", HASTY), account, "--tracking", "wandb")
-    wait_until(lambda: any("val_top1" in row for row in server.figures))
+    assert len(server.started) == 1
     if fault == "its service is killed":
         kill_a_child(process, lambda child: "wandb-core" in child.name())
     server.stop()
@@ -164,4 +164,3 @@ def test_a_tracker_that_is_lost_in_mid_run_stops_nothing(long_run, tmp_path, fau
     assert process.returncode == 143, told
     assert "Traceback" not in told
     assert told.count("W&B is gone (") == 1 and f"see {run}/history.jsonl" in told
-    assert len(server.started) == 1

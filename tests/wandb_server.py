@@ -9,11 +9,10 @@ PROJECT = {"id": "1", "name": "phases", "entity": {"id": "1", "name": "me"}}
 
 
 class WandbServer:
-    """On a free loopback port. `started` lists the ids of runs that began or went on, `figures` the rows uploaded."""
+    """On a free loopback port. `started` lists the ids of runs that began or went on."""
 
     def __init__(self):
         self.started: list[str] = []
-        self.figures: list[dict] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -38,10 +37,6 @@ class WandbServer:
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}}  # nowhere to upload them to
         return {}
 
-    def store(self, stream: dict) -> None:
-        rows = stream.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-        self.figures += map(json.loads, rows)
-
 
 def _handler_for(wandb: WandbServer):
     class Handler(BaseHTTPRequestHandler):
@@ -61,8 +56,6 @@ def _handler_for(wandb: WandbServer):
             if self.path == "/graphql":
                 asked = json.loads(body)
                 answer = {"data": wandb.answer(asked["query"], asked.get("variables") or {})}
-            elif self.path.endswith("/file_stream"):
-                wandb.store(json.loads(body))
             answer = json.dumps(answer).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
