@@ -98,6 +98,7 @@ def test_memory_that_runs_out_is_told_with_the_ways_on(command, tmp_path):
 
 
 @linux
+@pytest.mark.slow
 def test_the_micro_batch_is_halved_until_it_fits_and_recorded(command, tmp_path):
     result = train_narrowly(command, tmp_path, "run", 900, "--data.micro_batch_size", "auto")
     assert result.returncode == 0, result.stderr
@@ -174,6 +175,7 @@ def test_a_killed_loader_worker_is_told_and_does_not_hang_the_run(long_run):
     assert checkpoint._folders(run)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_torchrun_ends_the_other(long_run):
     process, run = long_run(TORCHRUN, TWO_PROCESSES)
     wait_until(lambda: checkpoint._folders(run))

@@ -216,6 +216,7 @@ def test_a_run_whose_hub_fails_at_every_turn_ends_with_the_same_weights(failing,
     assert calm.returncode == 0, calm.stderr
     # Every question of the stream fails first and is then answered, until there have been 24 faults.
     hub_server = failing(chain.from_iterable(zip(islice(cycle(FAULTS), 24), repeat(None))))
+    hub_server.limit = {"Retry-After": "0"}  # how long is waited, the tests above look at
     stormy = train(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *epochs)
     assert stormy.returncode == 0, stormy.stderr
     assert len(hub_server.served) >= 20 and set(hub_server.served) == set(FAULTS)

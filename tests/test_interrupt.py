@@ -34,6 +34,7 @@ def test_the_process_saves_and_exits_with_the_conventional_code(long_run, number
     assert_saved(run)
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_workers_included(long_run):
     """Ctrl-C, or a batch system: loader workers get it too, and must outlive the step."""
     process, run = long_run(PYTHON)

@@ -63,12 +63,12 @@ def stop_at(monkeypatch, number, step=None, batch=None):
     ("number", "place", "streaming", "workers"),
     [
         (signal.SIGTERM, {"step": 3}, False, 0),
-        (signal.SIGINT, {"step": STEPS}, False, 1),  # the last step of an epoch
+        pytest.param(signal.SIGINT, {"step": STEPS}, False, 1, marks=pytest.mark.slow),  # the last step of an epoch
         (signal.SIGUSR1, {"step": 2 * STEPS + 7}, False, 0),  # in phase 2
         (signal.SIGTERM, {"batch": 2}, False, 1),  # in the first validation
-        (signal.SIGTERM, {"step": STEPS + 4}, True, 0),
+        pytest.param(signal.SIGTERM, {"step": STEPS + 4}, True, 0, marks=pytest.mark.slow),
         (signal.SIGTERM, {"step": 3 * STEPS + 1}, True, 1),
-        (signal.SIGTERM, {"batch": 4}, True, 0),
+        pytest.param(signal.SIGTERM, {"batch": 4}, True, 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, number, place, streaming, workers):
