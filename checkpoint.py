@@ -75,7 +75,7 @@ class Checkpoints:
                 text = json.dumps({"state": state.state_dict()} | self.facts, indent=1)
                 (unfinished / "state.json").write_text(text, encoding="utf-8")
                 _seal(unfinished)
-                shutil.rmtree(target, ignore_errors=True)
+                _remove(target)
                 os.replace(unfinished, target)
                 _to_disk(folder)
                 self._prune(target)
@@ -90,7 +90,15 @@ class Checkpoints:
         number = folders.index(newest) + 1
         # What is newer is torn, or of steps that a resumed run makes again.
         for path in folders[: max(0, number - self.config.keep)] + folders[number:]:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Whatever stands there: a folder, or what somebody has put in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,11 @@ def newest(accelerator: Accelerator, run: Path) -> Saved | None:
         UserError: the run is finished; or there are checkpoints, but each of them is torn.
     """
     if (run / "summary.json").exists():
-        raise UserError(f"--resume: {run} is finished (it has a summary.json)", shared=True)
+        raise UserError(
+            f"--resume: {run} is finished (it has a summary.json); a new run can start from it: "
+            f"--model.weights {run}/best",
+            shared=True,
+        )
     path = [None]
     with together(accelerator):
         if accelerator.is_main_process:

@@ -37,7 +37,6 @@ from errors import UNPRINTABLE, USAGE, UserError, plain
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
-PLAIN_NAME = r"^\w[\w.-]*$"  # of a folder, and of nothing above or below it
 SHORT = reprlib.Repr()  # of values in messages
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -53,6 +52,8 @@ def _whole_or_auto(value):
 
 
 MicroBatchSize = Annotated[int | Literal["auto"] | None, PlainValidator(_whole_or_auto)]
+# Of a folder, and of nothing above or below it.
+PlainName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
 ModuleNames = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 PhaseName = Annotated[str, Field(pattern=r"^[\w-]+$")]  # becomes part of options, and a cell of reports
 
@@ -124,7 +125,10 @@ class DataConfig(_Section):
         "largest that fits the device's memory, found before training (default: the whole share)",
     )
     workers: int | None = Field(
-        None, ge=0, description="processes that decode images, per training process (default: cores - 1, 1 to 4)"
+        None,
+        ge=0,
+        le=256,
+        description="processes that decode images, for each that trains (default: cores - 1, 1 to 4)",
     )
     shuffle_buffer: int = Field(
         10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
@@ -237,9 +241,9 @@ class Config(_Section):
     phases: dict[PhaseName, PhaseConfig] = Field(min_length=1)
     clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, shuffling, augmentation and dropout")
-    recipe: str = Field("run", pattern=PLAIN_NAME)  # the recipe file's name, which the run is called after
-    run_name: str | None = Field(
-        None, pattern=PLAIN_NAME, description="folder of this run below output_dir (default: recipe and time)"
+    recipe: PlainName = "run"  # the recipe file's name, which the run is called after
+    run_name: PlainName | None = Field(
+        None, description="folder of this run below output_dir (default: recipe and time)"
     )
     output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
     tracking: Literal["wandb", "none"] = Field(
@@ -406,7 +410,7 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
 
 
 def _recipe_name(path: Path) -> str:
-    return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-") or "run"
+    return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-")[:100] or "run"
 
 
 class _QuietParser(argparse.ArgumentParser):
@@ -534,7 +538,7 @@ def _explain(problem: dict) -> str:
         signs = "_ -" if location[0] == "phases" else "_ . -"
         return f"{field}: {_quoted(value)} must be a plain name (letters, digits, {signs}, no slash)"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    message = re.sub(r" or an instance of \w+", "", message)
+    message = re.sub(r" or an instance of \w+|^String (?=should)", "", message)
     return f"{field or 'configuration'}: {message}" + ("" if isinstance(value, dict) else f", not {_quoted(value)}")
 
 

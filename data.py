@@ -156,9 +156,12 @@ def _open(config: DataConfig) -> Mapping:
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
         if kind == "hub" and hub.offline():
             raise hub.unreachable(f"the dataset {config.source}") from error
-        raise UserError(
-            f"data.source: {config.source} can't be loaded: {_first_line(error.__cause__ or error)}"
-        ) from error
+        reason = _first_line(error.__cause__ or error)
+        if kind == "folder" and (
+            "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError)
+        ):
+            reason = "it holds no images and no .parquet files"
+        raise UserError(f"data.source: {config.source} can't be loaded: {reason}") from error
 
 
 def _embedded(rows: int, streams: bool) -> dict:

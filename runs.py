@@ -67,7 +67,7 @@ def _make(run: Path, config: Config, environment) -> None:
         os.rename(unfinished, run)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if run.exists():
+        if os.path.lexists(run):
             raise UserError(f"{run} exists: go on with --resume {run}, or choose another --run_name") from None
         raise UserError(f"output_dir: {run} can't be made: {error.strerror}") from error
 

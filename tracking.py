@@ -35,7 +35,7 @@ class Tracking:
             goes on under the same id.
 
     Raises:
-        UserError: history.jsonl lacks epochs that the run has finished.
+        UserError: history.jsonl can't be read, lacks epochs that the run has finished, or has some but no checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, run: Path, state: RunState):
@@ -43,7 +43,15 @@ class Tracking:
         self.history = run / "history.jsonl"
         with together(accelerator):
             if accelerator.is_main_process:
-                lines = self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else []
+                try:
+                    lines = self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else []
+                except (OSError, ValueError) as error:
+                    raise UserError(f"{self.history} can't be read ({first_line(error)}); put it back") from error
+                if not state.step and len(lines) > 1:  # one is what an end before the first checkpoint leaves
+                    raise UserError(
+                        f"{self.history} holds {len(lines)} epochs, but there is no checkpoint to go on from: put "
+                        "checkpoints/ back, or start a new run"
+                    )
                 if len(lines) < state.epoch:
                     raise UserError(f"{self.history} holds {len(lines)} epochs, but {state.epoch} were finished")
                 write_whole(self.history, "".join(f"{line}\n" for line in lines[: state.epoch]))

@@ -185,6 +185,20 @@ def test_a_file_that_nobody_wrote_there_makes_a_checkpoint_torn(two_checkpoints,
     assert "scheduler.bin" in checkpoint._fault(checkpoint._folders(run)[-1])
 
 
+def test_whatever_stands_in_a_checkpoints_place_gives_way(prepared, tmp_path):
+    accelerator, *_ = prepared
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").touch()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "00001-000000003").symlink_to(tmp_path / "mine")
+    (tmp_path / "checkpoints" / "00002-000000006").write_text("")
+    for epoch in (1, 2):
+        save(accelerator, tmp_path, epoch=epoch, step=3 * epoch)
+    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 2
+    assert not any(path.is_symlink() for path in (tmp_path / "checkpoints").iterdir())
+    assert (tmp_path / "mine" / "kept").exists()
+
+
 def test_best_goes_back_to_what_it_was_at_the_checkpoint(prepared, tmp_path):
     """An epoch that is trained again may have written a better one already."""
     accelerator, *_ = prepared

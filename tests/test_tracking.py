@@ -49,8 +49,22 @@ def test_a_resumed_history_forgets_the_epochs_that_are_trained_again(start, tmp_
     track = start()
     for epoch in (1, 2, 3):
         track.epoch(ROW | {"epoch": epoch}, best=False, total=3)
-    start(RunState(epoch=2))
+    start(RunState(epoch=2, step=6))
     assert [row["epoch"] for row in lines(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda path: path.write_bytes(b"\xff\n"), "can't be read .*put it back"),
+        (lambda path: path.mkdir(), "can't be read .*put it back"),
+        (lambda path: path.write_text("{}\n{}\n"), "holds 2 epochs, but there is no checkpoint to go on from"),
+    ],
+)
+def test_a_history_that_a_run_can_not_go_on_with(start, tmp_path, damage, said):
+    damage(tmp_path / "history.jsonl")
+    with pytest.raises(UserError, match=said):
+        start()
 
 
 def steps(count, bad_from=None):
