@@ -37,6 +37,7 @@ from errors import UNPRINTABLE, USAGE, UserError, plain
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
+PLAIN_NAME = {"pattern": r"^\w[\w.-]*$", "max_length": 100}  # of a folder, and of nothing above or below it
 SHORT = reprlib.Repr()  # of values in messages
 SHORT.maxstring = SHORT.maxother = 80
 
@@ -52,8 +53,6 @@ def _whole_or_auto(value):
 
 
 MicroBatchSize = Annotated[int | Literal["auto"] | None, PlainValidator(_whole_or_auto)]
-# Of a folder, and of nothing above or below it.
-PlainName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
 ModuleNames = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 PhaseName = Annotated[str, Field(pattern=r"^[\w-]+$")]  # becomes part of options, and a cell of reports
 
@@ -241,9 +240,9 @@ class Config(_Section):
     phases: dict[PhaseName, PhaseConfig] = Field(min_length=1)
     clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, shuffling, augmentation and dropout")
-    recipe: PlainName = "run"  # the recipe file's name, which the run is called after
-    run_name: PlainName | None = Field(
-        None, description="folder of this run below output_dir (default: recipe and time)"
+    recipe: str = Field("run", **PLAIN_NAME)  # the recipe file's name, which the run is called after
+    run_name: str | None = Field(
+        None, **PLAIN_NAME, description="folder of this run below output_dir (default: recipe and time)"
     )
     output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
     tracking: Literal["wandb", "none"] = Field(
