@@ -4,7 +4,8 @@ Two separate modules, one for training and one for evaluation, share nothing tha
 set the validation transform on a dataset object that both splits shared, and so trained without augmentation.
 """
 
-import kornia.augmentation as K
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        return (self.augment(self._resize(images.float() / 255)) - self.mean) / self.std
+        images = (self.augment(self._resize(images.float() / 255)) - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last)  # like the models' weights
 
     def augment(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to images in [0, 1]; here, unchanged."""
@@ -38,38 +40,69 @@ class Normalize(nn.Module):
 class ReportAugment(Normalize):
     """The report's training augmentation, with its own random draw for each image, then `Normalize`.
 
-    A random crop after padding by an eighth of the size (4 pixels of 32), a horizontal flip, colour jitter of 0.2 in
-    brightness, contrast and saturation, a rotation of up to 15 degrees. Only the order of the three colour changes is
-    drawn once per batch.
-
-    Args:
-        size: height and width in pixels of the images after resizing.
+    Colour jitter of up to 20 % in brightness, saturation and contrast; a crop after padding by an eighth of the size
+    (4 pixels of 32), a horizontal flip and a rotation of up to 15 degrees. What applies one after the other is composed
+    first, so that each image is coloured once and resampled (bilinearly) once; what comes from outside it is black.
     """
 
-    def __init__(self, mean, std, image_size: int | None, size: tuple[int, int]):
-        super().__init__(mean, std, image_size)
-        self.policy = nn.Sequential(
-            K.RandomCrop(size, padding=(size[1] // 8, size[0] // 8)),  # columns, then rows
-            K.RandomHorizontalFlip(p=0.5),
-            K.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, p=1.0),
-            K.RandomRotation(degrees=15.0, p=1.0),
-        )
+    JITTER = 0.2  # of brightness, saturation and contrast, each a factor around 1
+    SHIFT = 1 / 8  # of the image's height and width, in whole pixels
+    ROTATION = math.radians(15)
 
     @torch.no_grad()
     def augment(self, images: Tensor) -> Tensor:
-        return self.policy(images)
+        # All draws at once and on the images' device, which nobody has to wait for.
+        brightness, saturation, contrast, angle, flip, *shift = torch.rand(7, len(images), device=images.device)
+        factors = (1 + self.JITTER * (2 * factor - 1) for factor in (brightness, saturation, contrast))
+        images = jitter(images, *factors)
+        angle = self.ROTATION * (2 * angle - 1)
+        most = [round(self.SHIFT * side) for side in images.shape[-2:]]
+        down, right = (((2 * pixels + 1) * draw).floor() - pixels for pixels, draw in zip(most, shift, strict=True))
+        return warp(images, angle, flip < 0.5, down, right)
 
 
-def build(config: Config, cfg: dict, size: tuple[int, int], device: torch.device) -> tuple[Normalize, Normalize]:
+def jitter(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
+    """Scale brightness, then saturation (distance from grey), then contrast (distance from the mean grey), by image.
+
+    As each of the three is linear they make one linear map, clamped to [0, 1] at its end.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        brightness, saturation, contrast: factors (B,); 1 leaves an image as it is.
+    """
+    brightness, saturation, contrast = (factor.view(-1, 1, 1, 1) for factor in (brightness, saturation, contrast))
+    red, green, blue = images.split(1, dim=1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
+    offset = (1 - saturation) * grey + (1 / contrast - 1) * grey.mean((2, 3), keepdim=True)
+    return (images * saturation).add_(offset).mul_(contrast * brightness).clamp_(0, 1)
+
+
+def warp(images: Tensor, angle: Tensor, flip: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Crop, flip and rotate in one bilinear resampling (B, 3, H, W); what was outside the image is 0.
+
+    Args:
+        angle: (B,) radians, counter-clockwise.
+        flip: (B,) bool, horizontally.
+        down, right: (B,) pixels by which the cropped window is moved from the image's place.
+    """
+    height, width = images.shape[-2:]
+    sign = torch.where(flip, -1.0, 1.0)
+    cos, sin = angle.cos(), angle.sin()
+    # From an output pixel to where it comes from, in units in which each side goes from -1 to 1.
+    column = torch.stack([sign * cos, -sign * sin * height / width, 2 * right / width], dim=1)
+    row = torch.stack([sin * width / height, cos, 2 * down / height], dim=1)
+    grid = F.affine_grid(torch.stack([column, row], dim=1), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def build(config: Config, cfg: dict, device: torch.device) -> tuple[Normalize, Normalize]:
     """The pair (for training, for evaluation).
 
     Args:
         cfg: the model's `pretrained_cfg`; its mean and std are those that its weights were trained with.
-        size: height and width in pixels of the stored images.
     """
     mean, std, image_size = cfg["mean"], cfg["std"], config.data.image_size
     evaluation = Normalize(mean, std, image_size).to(device)
     if config.augment.policy == "none":
         return evaluation, evaluation
-    size = (image_size, image_size) if image_size else size
-    return ReportAugment(mean, std, image_size, size).to(device), evaluation
+    return ReportAugment(mean, std, image_size).to(device), evaluation

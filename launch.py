@@ -1,6 +1,7 @@
 """The Accelerator, and what to check about how we were launched before anything is trained on it."""
 
 import contextlib
+import ctypes
 import os
 import platform
 
@@ -39,7 +40,21 @@ def make_accelerator(config: Config) -> Accelerator:
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
         torch.set_num_threads(data.cores_per_process())
+    if accelerator.device.type == "cpu":
+        _keep_memory()
     return accelerator
+
+
+def _keep_memory() -> None:
+    """Let glibc's allocator keep what is freed, as it will be wanted again in the next step.
+
+    Otherwise each step's activations are given back to the kernel and fetched anew, page by page.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 @contextlib.contextmanager
@@ -72,7 +87,7 @@ def environment(accelerator: Accelerator) -> Environment:
     """What config.yaml records of the surroundings."""
     from importlib.metadata import version
 
-    names = ("torch", "timm", "accelerate", "datasets", "kornia")
+    names = ("torch", "timm", "accelerate", "datasets")
     on_gpu = accelerator.device.type == "cuda"
     return Environment(
         mixed_precision=accelerator.mixed_precision,

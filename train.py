@@ -32,6 +32,7 @@ import augment
 import checkpoint
 import data
 import faults
+import folding
 import launch
 import models
 import runs
@@ -80,7 +81,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         for phase in config.phases.values():
             models.freeze_all_but(model, phase.modules)  # a misspelt module is told now, not after the first phase
         set_seed(config.seed, device_specific=True)
-        train_transform, transform = augment.build(config, model.pretrained_cfg, source.size, accelerator.device)
+        train_transform, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         if config.data.micro_batch_size == "auto":
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, train_transform, size, share)
             config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
@@ -118,6 +119,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     schedule.load_state_dict(state.schedule)
                     stopping = EarlyStopping(**state.early_stopping)
                 saved = None
+            folding.fold(accelerator.unwrap_model(model), size, accelerator.mixed_precision)
             accelerator.print(describe_phase(accelerator, config, name, model, trained_names))
 
             while state.phase_epoch < phase.epochs and not state.stopped:
@@ -180,6 +182,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     f"phase {name} ended early: {stopping.bad_epochs} epochs without gain in validation top-1"
                 )
             model = unwrap(accelerator, model)
+            folding.unfold(model)
 
         # The test split is read here for the first and only time, with the weights that were best on validation.
         checkpoint.load_best(model, run)

@@ -37,7 +37,7 @@ def main() -> None:
     batch = data.Collate(source.image, source.label, len(source.class_names), source.size, None)(rows)["image"]
     config = check({"phases": {"only": {"modules": "all", "epochs": 1, "lr": 1}}}, "benchmark")
     cfg = {"mean": CIFAR100_MEAN, "std": CIFAR100_STD}
-    ours, _ = augment.build(config, cfg, source.size, torch.device("cpu"))
+    ours, _ = augment.build(config, cfg, torch.device("cpu"))
     theirs = T.Compose(
         [
             T.RandomCrop(32, padding=4),
@@ -49,7 +49,7 @@ def main() -> None:
         ]
     )
     ways = {
-        "kornia, batched": lambda: ours(batch),
+        "batched, on the device": lambda: ours(batch),
         "torchvision, image by image": lambda: torch.stack([theirs(image) for image in images]),
     }
     rates = {name: [] for name in ways}

@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as TF
 
 import augment
 from config import check
@@ -7,9 +10,9 @@ from config import check
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
 
-def pair(size=(32, 32), **sections):
+def pair(**sections):
     tree = {"phases": {"a": {"modules": "all", "epochs": 1, "lr": 1}}} | sections
-    return augment.build(check(tree, "test"), CFG, size, torch.device("cpu"))
+    return augment.build(check(tree, "test"), CFG, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -72,24 +75,27 @@ def test_the_augmentation_is_as_strong_as_the_report_says():
     assert brightest.min() < 0.72 < 0.85 < brightest.max() <= 1.0
 
 
-def padding(training, height, width):
+def padding(monkeypatch, size, **sections):
     """How many rows and columns of padding the crop shows at the most, over many draws."""
-    cropped = training.policy[0](torch.ones(512, 3, height, width))[:, 0]
-    empty_rows, empty_columns = (cropped.amax(2) == 0).sum(1), (cropped.amax(1) == 0).sum(1)
-    return empty_rows.max().item(), empty_columns.max().item()
+    monkeypatch.setattr(augment.ReportAugment, "ROTATION", 0.0)
+    training, _ = pair(**sections)
+    white = torch.full((512, 3, *size), 255, dtype=torch.uint8)
+    shown = training(white)[:, 0] > -CFG["mean"][0] / CFG["std"][0] + 1e-3
+    lost_rows, lost_columns = ((~shown.any(dim)).sum(1) for dim in (2, 1))
+    return lost_rows.max().item(), lost_columns.max().item()
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_image_size_resizes_on_the_device_and_padding_follows(images, size):
-    training, evaluation = pair(size, data={"image_size": 64})
+def test_image_size_resizes_on_the_device_and_padding_follows(monkeypatch, size):
+    training, evaluation = pair(data={"image_size": 64})
     batch = torch.zeros(2, 3, *size, dtype=torch.uint8)
     assert training(batch).shape == evaluation(batch).shape == (2, 3, 64, 64)
-    assert padding(training, 64, 64) == (8, 8)
+    assert padding(monkeypatch, size, data={"image_size": 64}) == (8, 8)
 
 
-def test_other_sizes_and_shapes_are_cropped_to_themselves():
-    training, _ = pair((48, 64))
-    assert padding(training, 48, 64) == (6, 8)
+def test_other_sizes_and_shapes_are_cropped_to_themselves(monkeypatch):
+    training, _ = pair()
+    assert padding(monkeypatch, (48, 64)) == (6, 8)
     assert training(torch.zeros(2, 3, 48, 64, dtype=torch.uint8)).shape == (2, 3, 48, 64)
 
 
@@ -99,3 +105,56 @@ def test_the_random_generator_decides(images):
     first = training(images)
     torch.manual_seed(5)
     torch.testing.assert_close(training(images), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("what", ["brightness", "saturation", "contrast"])
+def test_jitter_is_torchvisions(images, what):
+    reference = {name: getattr(TF, f"adjust_{name}") for name in ("brightness", "saturation", "contrast")}[what]
+    factors = torch.linspace(0.8, 1.2, len(images))
+    ones = torch.ones(len(images))
+    given = {"brightness": ones, "saturation": ones, "contrast": ones} | {what: factors}
+    expected = torch.stack(
+        [reference(image, factor.item()) for image, factor in zip(images / 255, factors, strict=True)]
+    )
+    torch.testing.assert_close(augment.jitter(images / 255, **given), expected, atol=2e-3, rtol=0)
+
+
+def test_jitter_composes_the_three():
+    images = 0.3 + 0.4 * torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))  # where nothing clamps
+    brightness, saturation, contrast = (torch.linspace(low, 2 - low, 8) for low in (0.9, 0.8, 1.2))
+    one_by_one = torch.stack(
+        [
+            TF.adjust_contrast(TF.adjust_saturation(TF.adjust_brightness(image, b.item()), s.item()), c.item())
+            for image, b, s, c in zip(images, brightness, saturation, contrast, strict=True)
+        ]
+    )
+    torch.testing.assert_close(augment.jitter(images, brightness, saturation, contrast), one_by_one, atol=2e-3, rtol=0)
+
+
+def test_warp_is_a_crop_then_a_flip_then_a_rotation():
+    """Against torchvision's, on a smooth image: it interpolates a little differently at the borders."""
+    rows, columns = torch.meshgrid(torch.linspace(0, 3, 24), torch.linspace(0, 4, 32), indexing="ij")
+    image = torch.stack([(rows + columns).sin(), (rows - 2 * columns).cos(), (rows * columns).sin()]) / 2 + 0.5
+    for degrees, flipped, down, right in (
+        (12.0, False, 2, -3),
+        (-7.0, True, -3, 4),
+        (0.0, True, 0, 0),
+        (15.0, True, 1, 1),
+    ):
+        out = augment.warp(
+            image[None],
+            torch.tensor([math.radians(degrees)]),
+            torch.tensor([flipped]),
+            torch.tensor([float(down)]),
+            torch.tensor([float(right)]),
+        )[0]
+        expected = TF.crop(TF.pad(image, [4, 3]), 3 + down, 4 + right, 24, 32)
+        expected = TF.rotate(TF.hflip(expected) if flipped else expected, degrees, TF.InterpolationMode.BILINEAR)
+        inner = (slice(None), slice(8, 16), slice(10, 22))
+        torch.testing.assert_close(out[inner], expected[inner], atol=1e-2, rtol=0)
+
+
+def test_a_warp_that_does_nothing_changes_nothing(images):
+    zeros = torch.zeros(len(images))
+    out = augment.warp(images / 255, zeros, zeros.bool(), zeros, zeros)
+    torch.testing.assert_close(out, images / 255, atol=1e-5, rtol=0)

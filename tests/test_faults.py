@@ -68,7 +68,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_written(command, tmp_pat
 # The command on a machine with so many MiB left when its libraries have been loaded.
 NARROW = """
 import psutil, resource, runpy, sys
-import train, torch, timm, kornia
+import train, torch, timm
 torch.set_num_threads(1)
 left = int(sys.argv.pop(1)) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + left, resource.RLIM_INFINITY))

@@ -1,0 +1,106 @@
+"""Frozen convolutions with their batch norms folded in: the same outputs for less work, as long as a phase lasts.
+
+A batch norm in evaluation mode is a linear map of each channel, and so can be part of the convolution before it. The
+folded weights are copies, in the precision that the convolutions compute in; parameters, buffers and their names stay
+what they were, so that checkpoints know nothing of this.
+"""
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAME = 1e-3  # the largest relative difference of features, in fp32, for two models to be the same
+
+
+class _FoldedConv:
+    """The forward of a convolution whose batch norm is part of its weights."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
+        self.conv = conv
+        self.weight, self.bias = (
+            part.detach()
+            for part in fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.conv._conv_forward(images, self.weight, self.bias)
+
+
+class _PassedNorm:
+    """The forward of a batch norm that is done already; timm's have an activation besides."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        self.rest = (norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        for module in self.rest:
+            images = module(images)
+        return images
+
+
+@torch.no_grad()
+def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
+    """Fold each frozen batch norm that follows a frozen convolution into it; `unfold` undoes it.
+
+    Which follows which is seen in a forward pass of two images of noise. If the model's features are no longer the same
+    afterwards, since some convolution's output goes elsewhere too, everything stays as it was.
+
+    Args:
+        model: an unwrapped model of timm's kind, with weights loaded and frozen as the phase wants it. Left in
+            evaluation mode.
+        size: height and width in pixels of what the model sees.
+        mixed_precision: Accelerate's name of it: no, bf16 or fp16.
+
+    Returns:
+        The number of batch norms that were folded.
+    """
+    frozen = [module for module in model.modules() if all(not p.requires_grad for p in module.parameters())]
+    convs = [module for module in frozen if type(module) is nn.Conv2d]
+    norms = [module for module in frozen if type(module) in (nn.BatchNorm2d, BatchNormAct2d)]
+    norms = [norm for norm in norms if norm.affine and norm.track_running_stats]
+    if not convs or not norms:
+        return 0
+    model.eval()
+    device = next(model.parameters()).device
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+
+    made_by, pairs = {}, []  # made_by holds the outputs, too: an address is theirs as long as they live
+    hooks = [conv.register_forward_hook(lambda conv, _, out: made_by.update({id(out): (conv, out)})) for conv in convs]
+    hooks += [
+        norm.register_forward_pre_hook(lambda norm, given: pairs.append((made_by.get(id(given[0])), norm)))
+        for norm in norms
+    ]
+    features = _features(model, images)
+    for hook in hooks:
+        hook.remove()
+    pairs = [(made[0], norm) for made, norm in pairs if made]
+    if len(dict(pairs)) < len(pairs):  # a convolution that is used twice
+        return 0
+
+    for conv, norm in pairs:
+        conv.forward, norm.forward = _FoldedConv(conv, norm), _PassedNorm(norm)
+    difference = (_features(model, images) - features).norm()
+    if not difference <= SAME * features.norm():
+        unfold(model)
+        return 0
+    for conv, _ in pairs:
+        folded, dtype = conv.forward, PRECISIONS[mixed_precision]
+        folded.weight = folded.weight.to(dtype, memory_format=torch.channels_last)
+        folded.bias = folded.bias.to(dtype)
+    return len(pairs)
+
+
+def unfold(model: nn.Module) -> None:
+    """Give the modules of an unwrapped model their own forward back."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), (_FoldedConv, _PassedNorm)):
+            del module.forward
+
+
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.autocast(images.device.type, enabled=False):
+        return model.forward_features(images)
