@@ -132,6 +132,12 @@ class DataConfig(_Section):
     shuffle_buffer: int = Field(
         10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
     )
+    keep_mb: int = Field(
+        2048,
+        ge=0,
+        description="decode training and validation images once, before training, and keep them in each process's "
+        "memory, if they fit in this many MB; if not, and for streams, they are decoded in each epoch; 0: never keep",
+    )
     on_corrupt: Literal["error", "skip"] = Field(
         "error",
         description="an image that can't be decoded ends the run, naming its row; skip: it is left out and counted",
@@ -245,6 +251,12 @@ class Config(_Section):
         None, **PLAIN_NAME, description="folder of this run below output_dir (default: recipe and time)"
     )
     output_dir: str = Field("runs", min_length=1, description="folder that holds the runs")
+    profile: int | None = Field(
+        None,
+        ge=1,
+        description="trace this many steps at the start of each phase with torch's profiler, to "
+        "RUN/profile/PHASE.json.gz, which ui.perfetto.dev opens (default: off)",
+    )
     tracking: Literal["wandb", "none"] = Field(
         "wandb",
         description="where figures go beside history.jsonl; wandb goes offline by itself without key or network",

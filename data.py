@@ -4,6 +4,7 @@ Every source becomes one `datasets` object with an undecoded image column and a 
 validation split, the decoding and the loaders are the same for all, streamed or memory-mapped.
 """
 
+import dataclasses
 import glob
 import hashlib
 import io
@@ -24,6 +25,8 @@ from datasets.utils.file_utils import xopen
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm import tqdm
 
 import embedded
 import hub
@@ -33,6 +36,8 @@ from metrics import IGNORED
 
 ROW = "__row__"  # column with a memory-mapped row's number within its split, for messages
 
+FEW = 2000  # rows that are decoded sooner than a worker has started
+
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
 if not hub.offline():
@@ -41,10 +46,10 @@ if not hub.offline():
 
 @dataclass(frozen=True)
 class Data:
-    """An opened source. The datasets hold encoded images; nothing is decoded before a loader asks for it."""
+    """An opened source. The datasets hold encoded images, or decoded ones after `keep_decoded`."""
 
-    train: Dataset | IterableDataset
-    validation: Dataset | IterableDataset
+    train: "Dataset | IterableDataset | Pixels"
+    validation: "Dataset | IterableDataset | Pixels"
     test: Dataset | IterableDataset | None
     image: str  # column
     label: str  # column
@@ -414,7 +419,7 @@ class Collate:
                 f"images differ in size ({expected[0]}x{expected[1]} and {odd[0]}x{odd[1]} pixels): "
                 "set the size they are all brought to, for example --data.image_size 224"
             )
-        if self.image_size and (odd or max(expected) > self.image_size or expected[0] != expected[1]):
+        if self.image_size and (odd or self._must_fit()):
             square = (self.image_size, self.image_size)
             images = [ImageOps.fit(image, square, PILImage.Resampling.BILINEAR) for image in images]
         pixels = np.stack([np.asarray(image) for image in images])
@@ -430,6 +435,82 @@ class Collate:
             if self.skip:
                 return None
             raise corrupt(row, self.image, self.split, error) from error
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of a batch of images that are all as large as the first."""
+        return (self.image_size, self.image_size) if self._must_fit() else self.size
+
+    def _must_fit(self) -> bool:
+        height, width = self.size
+        return bool(self.image_size) and (max(height, width) > self.image_size or height != width)
+
+
+class Pixels(TorchDataset):
+    """Decoded rows in memory. Fetched by batches, so that nothing is left to collate.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: int64 (N,).
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        index = torch.tensor(rows)
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def keep_decoded(data: Data, config: DataConfig, watch=lambda batches: batches, hidden: bool | None = True) -> Data:
+    """The same data with the training and validation rows decoded in memory, if they fit in `keep_mb`.
+
+    Each epoch then costs no decoding and needs no workers. Streams, images of several sizes, and more than fits are
+    left to be decoded as they are wanted. Shows a progress bar unless it is `hidden` (None: unless on a terminal).
+
+    Args:
+        watch: passes batches on, and may raise.
+
+    Raises:
+        UserError: what `Collate` raises for a row.
+    """
+    splits = {"train": data.train, "validation": data.validation}
+    collate = _collate(data, "train", config)
+    height, width = collate.shape
+    if any(isinstance(rows, IterableDataset) for rows in splits.values()):
+        return data
+    total = sum(map(len, splits.values()))
+    if total * 3 * height * width > config.keep_mb * 2**20:
+        return data
+    kept = {}
+    with tqdm(total=total, desc="decoding", unit=" images", leave=False, disable=hidden) as bar:
+        for name, rows in splits.items():
+            images = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
+            labels = torch.empty(len(rows), dtype=torch.int64)
+            workers = _workers(config) if len(rows) > FEW else 0
+            begin = 0
+            # The generator keeps the workers' seeds from being drawn from the one that training draws from.
+            for batch in watch(
+                DataLoader(
+                    rows,
+                    batch_size=256,
+                    num_workers=workers,
+                    collate_fn=collate,
+                    worker_init_fn=_outlive_signals,
+                    generator=torch.Generator(),
+                )
+            ):
+                if batch["image"].shape[2:] != (height, width):
+                    return data
+                end = begin + len(batch["label"])
+                images[begin:end], labels[begin:end] = batch["image"], batch["label"]
+                bar.update(end - begin)
+                begin = end
+            kept[name] = Pixels(images, labels)
+    return dataclasses.replace(data, **kept)
 
 
 def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
@@ -471,7 +552,8 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
         raise UserError(
             f"{config.source}: {len(dataset)} training rows are fewer rows than data.batch_size {config.batch_size}"
         )
-    workers = default_workers() if config.workers is None else config.workers
+    kept = isinstance(dataset, Pixels)
+    workers = 0 if kept else _workers(config)
     if streamed:
         workers = min(workers, dataset.num_shards)  # a shard is read by one worker
         if training:
@@ -489,16 +571,24 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
         persistent_workers=False,
         worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=Collate(
-            data.image,
-            data.label,
-            len(data.class_names),
-            data.size,
-            config.image_size,
-            split=config.test_split if split == "test" else config.train_split,
-            skip=config.on_corrupt == "skip",
-        ),
+        collate_fn=_as_it_is if kept else _collate(data, split, config),
     )
+
+
+def _collate(data: Data, split: str, config: DataConfig) -> Collate:
+    return Collate(
+        data.image,
+        data.label,
+        len(data.class_names),
+        data.size,
+        config.image_size,
+        split=config.test_split if split == "test" else config.train_split,
+        skip=config.on_corrupt == "skip",
+    )
+
+
+def _as_it_is(batch):
+    return batch
 
 
 def _outlive_signals(_worker: int) -> None:
@@ -515,6 +605,10 @@ def images_in(prepared_loader) -> int | None:
         return len(prepared_loader) * prepared_loader.total_batch_size
     except TypeError:
         return None
+
+
+def _workers(config: DataConfig) -> int:
+    return default_workers() if config.workers is None else config.workers
 
 
 def default_workers() -> int:

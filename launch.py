@@ -119,6 +119,13 @@ def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[s
     ]
 
 
+def peak_memory(accelerator: Accelerator) -> dict[str, int]:
+    """`peak_memory_mb`, the most that this process's tensors have held of a GPU so far; nothing on a CPU."""
+    if accelerator.device.type != "cuda":
+        return {}
+    return {"peak_memory_mb": torch.cuda.max_memory_allocated() // 2**20}
+
+
 def own_generators(*loaders) -> None:
     """Let prepared loaders draw their workers' seeds from a generator of their own.
 

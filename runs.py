@@ -19,7 +19,17 @@ from errors import USAGE, UserError
 
 # What a resumed run may take from the command line: nothing that has left its mark on the weights. Phases that have not
 # begun are free too.
-FREE = ("checkpoint.", "clip_norm", "data.micro_batch_size", "data.workers", "output_dir", "run_name", "tracking")
+FREE = (
+    "checkpoint.",
+    "clip_norm",
+    "data.keep_mb",
+    "data.micro_batch_size",
+    "data.workers",
+    "output_dir",
+    "profile",
+    "run_name",
+    "tracking",
+)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from checkpoint import write_whole
 from config import Config
 from engine import Step
 from errors import UserError, first_line
-from launch import together
+from launch import peak_memory, together
 from phases import RunState
 
 PROJECT = "phases"  # W&B's project
@@ -90,7 +90,8 @@ class Tracking:
                 bar.update(step.images if number > made + 1 else step.images * number)
                 if number % READ_EVERY == 1:
                     self.check_finite()
-                    bar.set_postfix(loss=f"{step.loss.item():.3f}", top1=f"{step.top1.item():.1%}")
+                    memory = {key: f"{value:,}" for key, value in peak_memory(self.accelerator).items()}
+                    bar.set_postfix(loss=f"{step.loss.item():.3f}", top1=f"{step.top1.item():.1%}", **memory)
                 yield step
         self.check_finite()
 
@@ -120,11 +121,13 @@ class Tracking:
                 file.flush()
                 os.fsync(file.fileno())
         self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"]))
+        left = _duration((total - row["epoch"]) * row["seconds"])
         self.accelerator.print(
             f"epoch {row['epoch']:3d}/{total} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
             f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%} | "
-            f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s{'  best' if best else ''}",
+            f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
+            f"{f', at most {left} left' if left else ''}{'  best' if best else ''}",
             flush=True,
         )
 
@@ -144,6 +147,13 @@ class Tracking:
         except Exception as error:  # whatever W&B raises once its service is gone
             self.tracker_works = False
             print(f"W&B is gone ({first_line(error)}): training goes on; see {self.history}", file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    """As a person says it: 40 s, 12 min, 3.5 h; nothing for none."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds else ""
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id: str) -> None:

@@ -35,6 +35,7 @@ import faults
 import folding
 import launch
 import models
+import profiling
 import runs
 from engine import train_epoch, unwrap, validate
 from interrupt import Interrupt
@@ -67,8 +68,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
         start = models.without_weights(config.model) if saved else config.model
         models.check(start)
         source = data.load(config.data)
-        train_rows = data.loader(source, "train", config.data, share, config.seed)
-        validation_rows = data.loader(source, "validation", config.data, share, config.seed)
         size = data.model_size(source, config.data)
 
         # All processes start from the same weights; from then on each draws its own augmentation and dropout.
@@ -96,6 +95,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))
         stack.enter_context(faults.told(way_on, accelerator, micro_batch_size))
+
+        hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
+        source = data.keep_decoded(source, config.data, interrupt.watch, hidden)
+        train_rows = data.loader(source, "train", config.data, share, config.seed)
+        validation_rows = data.loader(source, "validation", config.data, share, config.seed)
 
         for index, (name, phase) in enumerate(config.phases.items()):
             if index < state.phase:
@@ -132,6 +136,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 steps = train_epoch(
                     accelerator, model, rest, train_transform, optimizer, metrics, micro_batch_size, config.clip_norm
                 )
+                if config.profile and not state.phase_epoch and accelerator.is_main_process:
+                    steps = profiling.traced(steps, config.profile, run / "profile" / f"{name}.json.gz")
                 title = f"phase {name}, epoch {state.epoch + 1}"
                 try:
                     for step in tracking.watch(steps, title, data.images_in(train_loader), state.epoch_step):
@@ -168,6 +174,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 row |= {f"train_{key}": value for key, value in trained.items()}
                 row |= {f"val_{key}": value for key, value in validated.items()}
                 row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
+                row |= launch.peak_memory(accelerator)
                 for what, figures in (("training", trained), ("validation", validated)):
                     if "corrupt" in figures:
                         told = f"{title}: {figures['corrupt']} {what} images can't be decoded"

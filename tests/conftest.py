@@ -113,7 +113,16 @@ def long_run(parquet, tmp_path):
 
     def begin(launcher=(sys.executable,), env=None, *more):
         args = ["train.py", "--config", "recipes/demo_scratch.yaml", "--data.source", str(parquet)]
-        args += ["--data.workers", "1", "--data.batch_size", "32", "--phases.train.epochs", "1000"]
+        args += [
+            "--data.workers",
+            "1",
+            "--data.keep_mb",
+            "0",
+            "--data.batch_size",
+            "32",
+            "--phases.train.epochs",
+            "1000",
+        ]
         args += ["--output_dir", str(tmp_path), "--run_name", "run", *more]
         process = subprocess.Popen(
             [*launcher, *args], cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.DEVNULL,

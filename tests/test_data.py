@@ -353,3 +353,72 @@ def test_real_cifar_100():
     assert (source.image, source.label, source.size) == ("img", "fine_label", (32, 32))
     assert (len(source.train), len(source.validation), len(source.test)) == (40069, 9931, 10000)
     assert source.class_names[:2] == ["apple", "aquarium_fish"]
+
+
+# ---- decoded once and kept ----------------------------------------------------------------------------------------
+
+
+def batches(source, split="train", **values):
+    return list(data.loader(source, split, DataConfig(source="x", workers=0, **values), 8, 0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_kept_images_are_the_decoded_ones_in_the_same_order(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(data, "FEW", 10)
+    config = DataConfig(source=str(parquet_of(tmp_path, noise(60))), workers=workers, batch_size=8)
+    source = data.load(config)
+    kept = data.keep_decoded(source, config)
+    assert isinstance(kept.train, data.Pixels) and isinstance(kept.validation, data.Pixels)
+    assert kept.test is source.test
+    assert data.facts(kept) == data.facts(source) and data.describe(kept, config) == data.describe(source, config)
+    for split in ("train", "validation"):
+        torch.manual_seed(3)
+        plain = batches(source, split, batch_size=8)
+        torch.manual_seed(3)
+        again = batches(kept, split, batch_size=8)
+        assert len(plain) == len(again) > 0
+        for one, other in zip(plain, again, strict=True):
+            assert torch.equal(one["image"], other["image"]) and torch.equal(one["label"], other["label"])
+
+
+def test_keeping_draws_no_random_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "FEW", 10)
+    config = DataConfig(source=str(parquet_of(tmp_path, noise(40))), workers=1)
+    source, state = data.load(config), torch.get_rng_state()
+    data.keep_decoded(source, config)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("values", [{"keep_mb": 0}, {"streaming": True}, {"keep_mb": 1, "image_size": 300}])
+def test_what_does_not_fit_and_streams_are_left_alone(tmp_path, values):
+    images = noise(40, (320, 310) if "image_size" in values else (16, 16))
+    config = DataConfig(source=str(parquet_of(tmp_path, images)), workers=0, **values)
+    source = data.load(config)
+    assert data.keep_decoded(source, config) is source
+    larger = DataConfig(source=config.source, workers=0, image_size=config.image_size, keep_mb=20)
+    assert data.keep_decoded(data.load(larger), larger).train.images.shape[2:] == (
+        (300, 300) if "image_size" in values else (16, 16)
+    )
+
+
+def test_images_of_several_sizes_are_left_alone_or_told(tmp_path):
+    images = noise(30) + noise(30, (20, 16), seed=1)
+    config = DataConfig(source=str(parquet_of(tmp_path, images)), workers=0, image_size=32)
+    source = data.load(config)
+    first = data.keep_decoded(source, config)
+    assert first is source or first.train.images.shape[2:] == (32, 32)
+    config = DataConfig(source=config.source, workers=0)
+    with pytest.raises(UserError, match="images differ in size"):
+        data.keep_decoded(data.load(config), config)
+
+
+def test_a_corrupt_image_is_told_before_training_or_left_out(tmp_path):
+    images = [encode(image) for image in noise(40)]
+    images[17]["bytes"] = b"no image"
+    folder = parquet_of(tmp_path, images)
+    config = DataConfig(source=str(folder), workers=0)
+    with pytest.raises(UserError, match="row 17 of split 'train' can't be decoded"):
+        data.keep_decoded(data.load(config), config)
+    config = DataConfig(source=str(folder), workers=0, on_corrupt="skip")
+    kept = data.keep_decoded(data.load(config), config)
+    assert sum((split.labels == IGNORED).sum().item() for split in (kept.train, kept.validation)) == 1

@@ -178,3 +178,8 @@ def test_a_tracker_that_is_lost_in_mid_run_stops_nothing(long_run, tmp_path, fau
     assert process.returncode == 143, told
     assert "Traceback" not in told
     assert told.count("W&B is gone (") == 1 and f"see {run}/history.jsonl" in told
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, ""), (40, "40 s"), (720, "12 min"), (12600, "3.5 h")])
+def test_durations_are_said_as_people_say_them(seconds, said):
+    assert tracking._duration(seconds) == said

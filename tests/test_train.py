@@ -1,5 +1,6 @@
 """Whole runs through train.train, on a tiny model, and the command as a user types it."""
 
+import gzip
 import json
 
 import datasets
@@ -241,3 +242,31 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, tmp_path):
     result = command("train.py", "--data.source", str(tmp_path / "nothing"))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: data.source: there is no file or folder {tmp_path / 'nothing'}\n"
+
+
+def test_decoding_in_each_epoch_trains_the_same(make_config):
+    """`data.keep_mb` is about speed alone: the weights are the same, bit for bit."""
+    kept = train.train(make_config(run_name="kept"))
+    decoded = train.train(make_config(run_name="decoded", data={"keep_mb": 0}))
+    assert untimed(kept) == untimed(decoded)
+    one, other = (load_file(run / "best" / "model.safetensors") for run in (kept, decoded))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_folding_changes_no_figure_beyond_rounding(make_config, monkeypatch):
+    folded = history(train.train(make_config(run_name="folded")))
+    monkeypatch.setattr(train.folding, "fold", lambda *_: 0)
+    plain = history(train.train(make_config(run_name="plain")))
+    for one, other in zip(folded, plain, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-2)
+
+
+def test_profile_writes_a_trace_of_each_phase(make_config):
+    run = train.train(make_config(profile=2))
+    traces = sorted((run / "profile").iterdir())
+    assert [path.name for path in traces] == ["finetune.json.gz", "head.json.gz"]
+    for path in traces:
+        with gzip.open(path, "rt") as file:
+            events = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert {"aten::convolution", "ProfilerStep#3"} <= events
