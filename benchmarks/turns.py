@@ -1,0 +1,166 @@
+"""Processes that take turns, so that a machine that is busy is busy for all that are compared.
+
+A benchmark starts itself again, once for each thing that it measures, with `--measure NAME`. The child says when it is
+ready and then does one piece of work whenever it is asked, an epoch for example.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+# ---- in the child ---------------------------------------------------------------------------------------------------
+
+
+def answer(work: Callable[[], Iterable | None]) -> None:
+    """Take a turn with each value that `work` gives (if it does not take its turns itself).
+
+    The first value says what it is, and that it is ready.
+    """
+    import torch
+
+    import data
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(data.cores_per_process())
+    for value in work() or ():
+        take(value)
+
+
+def take(value) -> None:
+    """Hand a value to the parent and wait to be asked again; end if it has gone."""
+    os.write(WAY_OUT, (json.dumps({"turn": value}) + "\n").encode())
+    if not sys.stdin.readline():
+        os._exit(0)
+
+
+WAY_OUT = os.dup(1)  # what is measured may print on stdout; the turns have a way of their own
+
+
+# ---- in the parent --------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A measured process; `ready` is the first value it gave.
+
+    Args:
+        arguments: of the running script, which is started again with them.
+        precision: Accelerate's mixed precision.
+    """
+
+    def __init__(self, name: str, *arguments, precision: str = "bf16"):
+        command = [sys.executable, sys.argv[0], *map(str, arguments), "--measure", name]
+        env = {"ACCELERATE_MIXED_PRECISION": precision, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        self.name, self.values, self.seconds = name, [], 0.0
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env
+        )
+        self.ready = self._hear()
+
+    def turn(self):
+        """Let it work; the value it gives, which `values` keeps, too. `seconds` counts the time of all turns."""
+        began = time.perf_counter()
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.values.append(self._hear())
+        self.seconds += time.perf_counter() - began
+        return self.values[-1]
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _hear(self):
+        for line in self.process.stdout:
+            if line.startswith('{"turn"'):
+                return json.loads(line)["turn"]
+        sys.exit(f"{self.name} has ended with exit code {self.process.wait()}")
+
+
+def alternate(processes: list[Process], rounds: int) -> None:
+    """Turns in an order that is reversed each time, after one that warms up and is forgotten."""
+    for number in range(rounds + 1):
+        for process in processes[:: -1 if number % 2 else 1]:
+            process.turn()
+            if not number:
+                process.values.clear()
+
+
+def ratio(process: Process, other: Process) -> float:
+    """The median of the rounds' own ratios: a machine that was slow for one was slow for the other."""
+    return statistics.median(one / two for one, two in zip(process.values, other.values, strict=True))
+
+
+# ---- what figures have to be told with ------------------------------------------------------------------------------
+
+
+def device_name() -> str:
+    import torch
+
+    import data
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{data.cores_per_process()} CPU cores"
+
+
+def conditions() -> dict:
+    """Machine, threads and versions."""
+    from importlib.metadata import version
+
+    import torch
+
+    import data
+
+    names = ("torch", "torchvision", "timm", "accelerate", "datasets")
+    return {
+        "device": device_name(),
+        "machine": _processor(),
+        "threads": data.cores_per_process(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{platform.machine()} {named}".strip()
+
+
+def tell(said: dict) -> None:
+    print(", ".join(f"{name} {value}" for name, value in said.items()), flush=True)
+
+
+def save(path: Path, said: dict, rows: list[dict]) -> None:
+    path.with_suffix(".json").write_text(json.dumps({"conditions": said, "rows": rows}, indent=1) + "\n")
+
+
+def subset(source: str, rows: int, folder: Path) -> Path:
+    """The first rows of a source as parquet below `folder`, so that an epoch takes as long as a turn should."""
+    from datasets import Image
+
+    import data
+    from config import DataConfig
+
+    options = {"embedded_rows": max(200, rows)} if source == "embedded" else {}
+    # Not by the 50 folds that the variants hold out by, or nothing would be left to hold out.
+    opened = data.load(DataConfig(source=source, test_split=None, folds=7, **options))
+    train = opened.train.select(range(min(rows, len(opened.train)))).remove_columns(data.ROW)
+    path = folder / f"rows-{rows}"
+    path.mkdir(exist_ok=True)
+    train.cast_column(opened.image, Image()).to_parquet(path / "train.parquet")
+    return path
