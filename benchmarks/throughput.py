@@ -130,7 +130,7 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
     first = start("limit", args.data)
     rows = max(200, 20 * batch_size, round(first.ready["rate"] * args.seconds / 0.98))
     source = turns.subset(args.data, rows, folder)
-    processes = [first] + [start(variant, source) for variant in VARIANTS[1:]]
+    processes = [first] + [start(variant, source) for variant in VARIANTS[1:] if variant in ("ours", *args.variants)]
     turns.alternate(processes, args.rounds)
     model, phase, _ = CASES[case]
     results = []
@@ -163,9 +163,8 @@ def plot(rows: list[dict], path: Path) -> None:
     groups = list(dict.fromkeys(map(key, rows)))
     figure, axes = plt.subplots(figsize=(2 + 1.6 * len(groups), 4.5), layout="constrained")
     for number, variant in enumerate(VARIANTS):
-        heights = [
-            next(row["of_limit"] for row in rows if row["variant"] == variant and key(row) == group) for group in groups
-        ]
+        shares = {key(row): row["of_limit"] for row in rows if row["variant"] == variant}
+        heights = [shares.get(group, 0) for group in groups]
         places = [place + (number - 2) * 0.16 for place in range(len(groups))]
         bars = axes.bar(places, heights, 0.15, label=variant)
         axes.bar_label(bars, fmt="%.2f", fontsize=7)
@@ -184,6 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="models and phases [all]")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[64, 512], help="images a step [64 512]")
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS[2:], default=VARIANTS[2:], help="beside limit and ours [all]"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant that count [5]")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of a turn at the limit's rate [8]")
     parser.add_argument("--data", default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # before they are imported
 
 
 # ---- in the child ---------------------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ class Process:
 
     def __init__(self, name: str, *arguments, precision: str = "bf16"):
         command = [sys.executable, sys.argv[0], *map(str, arguments), "--measure", name]
-        env = {"ACCELERATE_MIXED_PRECISION": precision, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        env = {"ACCELERATE_MIXED_PRECISION": precision, "HF_HUB_OFFLINE": "1"}
         self.name, self.values, self.seconds = name, [], 0.0
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env
