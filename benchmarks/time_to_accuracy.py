@@ -1,6 +1,7 @@
 """How long does the usual loop take to reach its accuracy, and train.py to reach the same?
 
-    python benchmarks/time_to_accuracy.py --data CIFAR100 --weights resnet50.safetensors   # hours on a CPU
+    python benchmarks/time_to_accuracy.py --data CIFAR100 --weights resnet50.safetensors      # 2 hours on two cores
+    python benchmarks/time_to_accuracy.py --data CIFAR100 --weights ... --rows 12500          # with its first rows only
 
 Both fine-tune ResNet-50 from the same weights, as recipes/resnet50.yaml says: the same modules, optimizer, learning
 rates, plateau, batch size, training and validation rows. The usual loop (`plain` of throughput.py) trains 10 epochs of
@@ -28,9 +29,7 @@ def config_of(args, output_dir: str):
 
     tree = read_yaml(DEFAULT_RECIPE)
     tree["model"] = {"name": "resnet50", "weights": str(args.weights)}
-    tree["data"] |= {"source": args.data, "test_split": None, "folds": 5}
-    if args.embedded_rows:
-        tree["data"]["embedded_rows"] = args.embedded_rows
+    tree["data"] |= {"source": args.data, "test_split": None}
     tree |= {"tracking": "none", "seed": args.seed, "output_dir": output_dir}
     config = check(tree, "benchmark")
     lengths = {"head": args.epochs, "finetune": 10**6}
@@ -77,8 +76,9 @@ def child(args) -> None:
 
 def run(args, said: dict) -> list[dict]:
     """Both in turns, until the usual loop has ended and train.py is where that ended; a row for each epoch."""
-    options = ["--data", args.data, "--weights", args.weights, "--seed", args.seed, "--epochs", args.epochs]
-    options += ["--embedded_rows", args.embedded_rows, "--runs", args.runs]
+    source = turns.subset(args.data, args.rows, Path(args.runs)) if args.rows else args.data
+    options = ["--data", source, "--weights", args.weights, "--seed", args.seed, "--epochs", args.epochs]
+    options += ["--runs", args.runs]
     plain, ours = (turns.Process(name, *options) for name in VARIANTS)
     rows, best = [], -1.0
 
@@ -141,7 +141,7 @@ def plot(rows: list[dict], judged: dict, device: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]")
-    parser.add_argument("--embedded_rows", type=int, default=10_000, help="training rows of embedded data [10000]")
+    parser.add_argument("--rows", type=int, help="take the first ones only, of which a fifth is held out [all]")
     parser.add_argument("--weights", type=Path, required=True, help="ResNet-50's, .safetensors")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of each of the usual loop's phases [{EPOCHS}]")
     parser.add_argument("--most", type=int, default=50, help="epochs after which train.py gives up [50]")
