@@ -42,7 +42,19 @@ def make_accelerator(config: Config) -> Accelerator:
         torch.set_num_threads(data.cores_per_process())
     if accelerator.device.type == "cpu":
         _keep_memory()
+    if accelerator.mixed_precision == "no" and _has_bf16(accelerator.device):
+        accelerator.print(
+            "hint: bf16 trains up to twice as fast here: accelerate launch --mixed_precision bf16 train.py"
+        )
     return accelerator
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device has instructions for bf16; where torch can't tell, False."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def _keep_memory() -> None:

@@ -114,20 +114,26 @@ class Tracking:
             )
 
     def epoch(self, row: dict, best: bool, total: int) -> None:
-        """Record one finished epoch (a row of history.jsonl) and print its line."""
+        """Record one finished epoch (a row of history.jsonl) and print its line.
+
+        Args:
+            row: its `seconds_left` are those of the phase; how long epochs of later ones take, nobody knows yet.
+            total: the epochs of all phases.
+        """
         if self.accelerator.is_main_process:
             with self.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"]))
-        left = _duration((total - row["epoch"]) * row["seconds"])
+        left = _duration(row["seconds_left"])
+        left = f", at most {left} of {row['phase']} left" if left else ""
         self.accelerator.print(
             f"epoch {row['epoch']:3d}/{total} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
             f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%} | "
             f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
-            f"{f', at most {left} left' if left else ''}{'  best' if best else ''}",
+            f"{left}{'  best' if best else ''}",
             flush=True,
         )
 

@@ -173,7 +173,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 }
                 row |= {f"train_{key}": value for key, value in trained.items()}
                 row |= {f"val_{key}": value for key, value in validated.items()}
-                row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
+                seconds = ended - began
+                row |= {"seconds": seconds, "images_per_second": images / (training_ended - began)}
+                row["seconds_left"] = 0.0 if state.stopped else (phase.epochs - state.phase_epoch) * seconds
                 row |= launch.peak_memory(accelerator)
                 for what, figures in (("training", trained), ("validation", validated)):
                     if "corrupt" in figures:

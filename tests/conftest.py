@@ -34,12 +34,16 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(2)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Accelerate keeps its state in singletons; each test starts with none."""
-    yield
+def forget_accelerate() -> None:
+    """Accelerate keeps its state in singletons: precision, processes, device."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    forget_accelerate()
 
 
 @pytest.fixture(scope="session")

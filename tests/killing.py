@@ -29,7 +29,7 @@ from config import check
 from errors import UserError
 
 PLACES = ("starting", "phase 1", "phase 2", "validation", "writing a checkpoint", "test")
-TIMINGS = ("seconds", "images_per_second", "minutes")
+TIMINGS = ("seconds", "seconds_left", "images_per_second", "minutes")
 
 
 def make_config(folder: Path, name: str, streamed: bool):

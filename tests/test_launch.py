@@ -118,3 +118,19 @@ def test_the_shipped_accelerate_config_is_one_process_anywhere():
     shipped = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())
     assert (shipped["num_processes"], shipped["distributed_type"], shipped["mixed_precision"]) == (1, "NO", "no")
     assert shipped["use_cpu"] is False
+
+
+@pytest.mark.parametrize("precision, hinted", [("no", True), ("bf16", False)])
+def test_bf16_is_hinted_at_where_the_machine_has_it_and_it_is_not_used(
+    make_config, monkeypatch, capsys, precision, hinted
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    launch.make_accelerator(make_config())
+    assert ("--mixed_precision bf16" in capsys.readouterr().out) == hinted
+
+
+def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    launch.make_accelerator(make_config())
+    assert capsys.readouterr().out == ""

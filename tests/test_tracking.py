@@ -17,7 +17,7 @@ from errors import UserError
 from phases import RunState
 from tracking import Tracking
 
-ROW = {"phase": "head", "epoch": 1, "lr": 1e-3, "seconds": 3.0, "images_per_second": 99.0}
+ROW = {"phase": "head", "epoch": 1, "lr": 1e-3, "seconds": 3.0, "images_per_second": 99.0, "seconds_left": 240.0}
 ROW |= {"train_loss": 1.0, "train_top1": 0.5, "train_top5": 0.9, "val_loss": 2.0, "val_top1": 0.25, "val_top5": 0.75}
 
 
@@ -41,7 +41,7 @@ def test_history_has_one_line_per_epoch_and_is_on_disk_at_once(start, tmp_path, 
         assert lines(tmp_path)[-1] == ROW | {"epoch": epoch}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2
-    for part in ("1/2", "head", "25.00%", "best"):
+    for part in ("1/2", "head", "25.00%", "best", "99 images/s, at most 4 min of head left"):
         assert part in printed[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import phase
+from conftest import forget_accelerate, phase
 from safetensors.torch import load_file
 
 import train
@@ -17,8 +17,8 @@ from errors import UserError
 from phases import RunState
 
 ROW = {"phase", "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5", "seconds",
-       "images_per_second"}  # fmt: skip
-TIMINGS = ("seconds", "images_per_second")
+       "seconds_left", "images_per_second"}  # fmt: skip
+TIMINGS = ("seconds", "seconds_left", "images_per_second")
 
 
 def history(run):
@@ -87,7 +87,10 @@ def test_early_stopping_ends_the_phase_and_the_next_begins(make_config, monkeypa
     monkeypatch.setattr(train, "validate", scripted)
     phases = {"head": phase(modules="head", epochs=9, early_stopping=2), "finetune": phase(epochs=9, early_stopping=2)}
     run = train.train(make_config(phases))
-    assert [row["phase"] for row in history(run)] == ["head"] * 3 + ["finetune"] * 4
+    rows = history(run)
+    assert [row["phase"] for row in rows] == ["head"] * 3 + ["finetune"] * 4
+    assert rows[0]["seconds_left"] == 8 * rows[0]["seconds"], "those of the phase, if it is not stopped"
+    assert rows[2]["seconds_left"] == 0
     assert json.loads((run / "summary.json").read_text())["best_epoch"] == 1, "the best weights span the run"
     assert "phase head ended early: 2 epochs without gain" in capsys.readouterr().out
 
@@ -260,6 +263,25 @@ def test_folding_changes_no_figure_beyond_rounding(make_config, monkeypatch):
     for one, other in zip(folded, plain, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
         assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-2)
+
+
+def test_the_fast_path_keeps_the_loss_curve_within_the_noise_of_seeds(make_config, monkeypatch):
+    """All that is there for speed, bf16 included, beside the loop without any of it."""
+    phases = {"head": phase(modules="head", epochs=2), "finetune": phase(modules=["layer4", "head"], epochs=2)}
+
+    def losses(name, **data):
+        forget_accelerate()  # and so read the precision anew
+        configs = [make_config(phases, seed=seed, run_name=f"{name}-{seed}", data=data) for seed in range(3)]
+        return np.array([[row["train_loss"] for row in history(train.train(config))] for config in configs])
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    fast = losses("fast")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(train.folding, "fold", lambda *_: 0)
+    monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
+    plain = losses("plain", keep_mb=0)
+    assert not np.array_equal(fast, plain)
+    assert np.abs(fast - plain).max() < plain.std(axis=0).min(), "seed by seed, and epoch by epoch"
 
 
 def test_profile_writes_a_trace_of_each_phase(make_config):
