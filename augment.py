@@ -24,7 +24,7 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = (self.augment(self._resize(images.float() / 255)) - self.mean) / self.std
-        return images.contiguous(memory_format=torch.channels_last)  # like the models' weights
+        return images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def augment(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to images in [0, 1]; here, unchanged."""

@@ -49,6 +49,15 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def in_its_layout(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model with its weights in the layout that trains fastest on images in channels_last.
+
+    On a GPU that is channels_last too. A CPU's convolutions take either, but its fused optimizers copy weights of any
+    other layout than the default one, a tenth of ResNet-50's step.
+    """
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+
+
 def _has_bf16(device: torch.device) -> bool:
     """Whether a device has instructions for bf16; where torch can't tell, False."""
     if device.type == "cuda":

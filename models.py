@@ -187,7 +187,7 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
     cfg |= {"input_size": (3, *size), "num_classes": len(class_names), "label_names": list(class_names)}
     cfg |= {"crop_pct": 1.0, "test_input_size": None, "test_crop_pct": None, "pool_size": None}
     model.pretrained_cfg = model.default_cfg = cfg
-    return model.to(memory_format=torch.channels_last), origin  # the faster layout for convolutions, on CPUs and GPUs
+    return model, origin
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ def predict(run: Path, split: str, config: Config) -> dict[str, float]:
     source = data.load(config.data)
     if getattr(source, split) is None:
         raise UserError(f"{run}: its data have no {split} split (data.test_split is null)", USAGE)
-    model = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).to(memory_format=torch.channels_last)
+    model = launch.in_its_layout(timm.create_model(f"local-dir:{run / 'best'}", pretrained=True), accelerator.device)
     _, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     rows = accelerator.prepare(data.loader(source, split, config.data, share, config.seed))

@@ -92,7 +92,6 @@ def test_a_best_folder_gives_the_same_logits_through_timm(tmp_path, name):
     checkpoint.save_best(model, tmp_path)
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["config.json", "model.safetensors"]
     loaded = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True)
-    loaded.to(memory_format=torch.channels_last)  # as `models.create` has it: another layout adds up in another order
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(images), model.eval()(images), rtol=0, atol=0)

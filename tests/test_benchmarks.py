@@ -1,0 +1,80 @@
+"""The benchmarks run and say what they promise. What they measure is never asserted."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import time_to_accuracy
+import turns
+
+SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_teaches(command, script):
+    result = command(f"benchmarks/{script}", "--help")
+    assert result.returncode == 0, result.stderr[-1000:]
+    assert f"python benchmarks/{script}" in result.stdout
+
+
+def test_both_are_timed_until_they_first_have_the_usual_loops_last_top1():
+    def rows(variant, seconds, figures):
+        return [
+            {"variant": variant, "epoch": n, "seconds": seconds * n, "val_top1": t} for n, t in enumerate(figures, 1)
+        ]
+
+    plain, ours = rows("plain", 100, (0.3, 0.6, 0.5)), rows("ours", 10, (0.4, 0.5, 0.9))
+    judged = time_to_accuracy.judge(plain + ours)
+    assert (judged["target_val_top1"], judged["plain_seconds"], judged["ours_seconds"]) == (0.5, 200, 20)
+    assert judged["ratio"] == 10.0
+    assert time_to_accuracy.judge(plain + ours[:1])["ratio"] is None
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own(monkeypatch):
+    """Both were slow in the second round: that says nothing about either."""
+    one, two = turns.Process.__new__(turns.Process), turns.Process.__new__(turns.Process)
+    one.values, two.values = [20, 2, 22], [10, 1, 11]
+    assert turns.ratio(one, two) == 2
+
+
+@pytest.mark.slow
+def test_throughput_writes_a_row_for_each_variant(command, tmp_path):
+    result = command(
+        "benchmarks/throughput.py", "--cases", "simple_cnn", "--batch_sizes", "16", "--rounds", "1",
+        "--seconds", "0.1", "--output", str(tmp_path / "out"), timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["limit", "ours", "decoding", "plain", "hf"]
+    wanted = {"model", "phase", "batch_size", "device", "variant", "images_per_second", "spread"}
+    for row in rows:
+        assert wanted <= set(row)
+        assert row["spread"][0] <= row["images_per_second"] <= row["spread"][1]
+    assert (tmp_path / "out.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["batch", "rows", "start"])
+def test_scaling_writes_rows(command, tmp_path, part):
+    result = command(
+        "benchmarks/scaling.py", "--parts", part, "--batches", "16", "--rows", "1000", "--rounds", "1",
+        "--output", str(tmp_path / "out"), timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["part"] == part
+
+
+@pytest.mark.slow
+def test_levers_writes_rows(command, tmp_path):
+    result = command(
+        "benchmarks/levers.py", "--cases", "deep_cnn", "--levers", "images decoded once", "--batch_size", "16",
+        "--rounds", "1", "--seconds", "0.1", "--output", str(tmp_path / "out"), timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["ratio"] > 0
