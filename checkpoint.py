@@ -274,7 +274,7 @@ def save_best(model: nn.Module, run: Path) -> None:
     label_names = cfg.pop("label_names")
     arguments = {"img_size": list(cfg["input_size"][1:])} if cfg.get("fixed_input_size") else None
     save_for_hf(
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # safetensors takes no other layout
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # safetensors takes no other
         str(unfinished),
         model_config={"label_names": label_names, "pretrained_cfg": cfg},
         model_args=arguments,

@@ -36,7 +36,7 @@ from metrics import IGNORED
 
 ROW = "__row__"  # column with a memory-mapped row's number within its split, for messages
 
-FEW = 2000  # rows that are decoded sooner than a worker has started
+FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
 
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
@@ -408,9 +408,9 @@ class Collate:
                 )
         images = [self._decode(row) for row in rows]
         if None in images:
-            # Batches stay full and equally large on all processes: other pixels fill the place, and no loss counts it.
+            # Batches stay full and equally large on all processes: black fills the place, and no loss counts it.
             labels = [IGNORED if image is None else label for image, label in zip(images, labels, strict=True)]
-            filling = next(filter(None, images), PILImage.new("RGB", self.size[::-1]))
+            filling = PILImage.new("RGB", self.size[::-1])
             images = [image or filling for image in images]
         expected = self.size[::-1]
         odd = next((image.size for image in images if image.size != expected), None)
@@ -535,6 +535,14 @@ def describe(data: Data, config: DataConfig) -> str:
     )
 
 
+def check_batch(data: Data, config: DataConfig) -> None:
+    """UserError if the training rows, where they can be counted, do not fill a single batch."""
+    if not isinstance(data.train, IterableDataset) and len(data.train) < config.batch_size:
+        raise UserError(
+            f"{config.source}: {len(data.train)} training rows are fewer rows than data.batch_size {config.batch_size}"
+        )
+
+
 def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: int) -> DataLoader:
     """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate.
 
@@ -543,15 +551,9 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
     Args:
         batch_size: images per batch of one process.
 
-    Raises:
-        UserError: the training rows, where they can be counted, do not fill a single batch.
     """
     dataset, training = getattr(data, split), split == "train"
     streamed = isinstance(dataset, IterableDataset)
-    if training and not streamed and len(dataset) < config.batch_size:
-        raise UserError(
-            f"{config.source}: {len(dataset)} training rows are fewer rows than data.batch_size {config.batch_size}"
-        )
     kept = isinstance(dataset, Pixels)
     workers = 0 if kept else _workers(config)
     if streamed:

@@ -89,7 +89,10 @@ def fitting_micro_batch(
         return micro_batch_size
 
     try:
-        return fit()
+        fitting = fit()
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what the history tells is the training's own peak
+        return fitting
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SAME = 1e-3  # the largest relative difference of features, in fp32, for two models to be the same
+SAME = 1e-2  # relative difference of features: rounding (a GPU's TF32 included) stays below, another network does not
 
 
 class _FoldedConv:

@@ -43,7 +43,6 @@ if __name__ == "__main__":
 import json
 
 import timm
-import torch
 
 import augment
 import data

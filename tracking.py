@@ -117,7 +117,8 @@ class Tracking:
         """Record one finished epoch (a row of history.jsonl) and print its line.
 
         Args:
-            row: its `seconds_left` are those of the phase; how long epochs of later ones take, nobody knows yet.
+            row: its `seconds_left` are those of the phase if it is not stopped early; how long the epochs of later
+                phases take, nobody knows yet.
             total: the epochs of all phases.
         """
         if self.accelerator.is_main_process:
@@ -127,7 +128,7 @@ class Tracking:
                 os.fsync(file.fileno())
         self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"]))
         left = _duration(row["seconds_left"])
-        left = f", at most {left} of {row['phase']} left" if left else ""
+        left = f", about {left} of {row['phase']} left" if left else ""
         self.accelerator.print(
             f"epoch {row['epoch']:3d}/{total} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "

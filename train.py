@@ -55,6 +55,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         Interrupted: a signal came; everything up to its step is in a checkpoint.
     """
     accelerator = launch.make_accelerator(config)
+    if not resume:
+        launch.hint_at_bf16(accelerator)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
         way_on = f"go on with: accelerate launch train.py --resume {run}"
@@ -68,6 +70,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         start = models.without_weights(config.model) if saved else config.model
         models.check(start)
         source = data.load(config.data)
+        data.check_batch(source, config.data)
         size = data.model_size(source, config.data)
 
         # All processes start from the same weights; from then on each draws its own augmentation and dropout.
@@ -124,21 +127,23 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     schedule.load_state_dict(state.schedule)
                     stopping = EarlyStopping(**state.early_stopping)
                 saved = None
-            folding.fold(accelerator.unwrap_model(model), size, accelerator.mixed_precision)
-            accelerator.print(describe_phase(accelerator, config, name, model, trained_names))
+            folded = folding.fold(accelerator.unwrap_model(model), size, accelerator.mixed_precision)
+            accelerator.print(describe_phase(accelerator, config, name, model, trained_names, folded))
 
+            profile = config.profile  # the first epoch of this phase that is trained here
             while state.phase_epoch < phase.epochs and not state.stopped:
                 began, lr, images = time.perf_counter(), optimizer.param_groups[0]["lr"], 0
                 train_loader.set_epoch(state.epoch)
                 # Resumed in mid-epoch, pass over what has been trained on, which draws no random numbers.
-                rest = train_loader
+                rest, passed = train_loader, state.epoch_step
                 if state.epoch_step:
                     rest = accelerator.skip_first_batches(train_loader, state.epoch_step)
                 steps = train_epoch(
                     accelerator, model, rest, train_transform, optimizer, metrics, micro_batch_size, config.clip_norm
                 )
-                if config.profile and not state.phase_epoch and accelerator.is_main_process:
-                    steps = profiling.traced(steps, config.profile, run / "profile" / f"{name}.json.gz")
+                if profile and accelerator.is_main_process:
+                    steps = profiling.traced(steps, profile, run / "profile" / f"{name}.json.gz")
+                    profile = None
                 title = f"phase {name}, epoch {state.epoch + 1}"
                 try:
                     for step in tracking.watch(steps, title, data.images_in(train_loader), state.epoch_step):
@@ -152,7 +157,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         raise UserError(
                             f"the training split has fewer rows than data.batch_size {config.data.batch_size}"
                         )
-                    training_ended = time.perf_counter()
+                    training_ended, whole = time.perf_counter(), state.epoch_step / (state.epoch_step - passed)
                     val_batches = interrupt.watch(val_loader)
                     validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                 except Interrupted:
@@ -174,9 +179,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 }
                 row |= {f"train_{key}": value for key, value in trained.items()}
                 row |= {f"val_{key}": value for key, value in validated.items()}
-                seconds = ended - began
-                row |= {"seconds": seconds, "images_per_second": images / (training_ended - began)}
-                row["seconds_left"] = 0.0 if state.stopped else (phase.epochs - state.phase_epoch) * seconds
+                row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
+                whole_epoch = (training_ended - began) * whole + ended - training_ended
+                row["seconds_left"] = 0.0 if state.stopped else (phase.epochs - state.phase_epoch) * whole_epoch
                 row |= launch.peak_memory(accelerator)
                 for what, figures in (("training", trained), ("validation", validated)):
                     if "corrupt" in figures:
@@ -210,13 +215,16 @@ def train(config: Config, resume: Path | None = None) -> Path:
     return run
 
 
-def describe_phase(accelerator: Accelerator, config: Config, name: str, model, trained_names: list[str]) -> str:
+def describe_phase(
+    accelerator: Accelerator, config: Config, name: str, model, trained_names: list[str], folded: int
+) -> str:
     phase, parameters = config.phases[name], dict(accelerator.unwrap_model(model).named_parameters())
     trained, total = sum(parameters[key].numel() for key in trained_names), sum(p.numel() for p in parameters.values())
     return (
         f"phase {name}: trains {', '.join(phase.modules)} ({trained:,} of {total:,} parameters) for up to "
         f"{phase.epochs} epochs; {phase.optimizer}, lr {phase.lr:g} {phase.schedule}; {config.data.batch_size} images "
-        f"a step on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}"
+        f"a step on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}; "
+        f"{folded} frozen batch norms folded"
     )
 
 

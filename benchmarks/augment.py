@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from torchvision import transforms as T
+from loops import usual_transforms
 
 import augment
 import data
@@ -38,16 +38,7 @@ def main() -> None:
     config = check({"phases": {"only": {"modules": "all", "epochs": 1, "lr": 1}}}, "benchmark")
     cfg = {"mean": CIFAR100_MEAN, "std": CIFAR100_STD}
     ours, _ = augment.build(config, cfg, torch.device("cpu"))
-    theirs = T.Compose(
-        [
-            T.RandomCrop(32, padding=4),
-            T.RandomHorizontalFlip(),
-            T.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
-            T.RandomRotation(15),
-            T.ToTensor(),
-            T.Normalize(CIFAR100_MEAN, CIFAR100_STD),
-        ]
-    )
+    theirs = usual_transforms(CIFAR100_MEAN, CIFAR100_STD)
     ways = {
         "batched, on the device": lambda: ours(batch),
         "torchvision, image by image": lambda: torch.stack([theirs(image) for image in images]),

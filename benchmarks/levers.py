@@ -15,72 +15,83 @@ from pathlib import Path
 import loops
 import turns
 
+from errors import told
+
 # ---- patches: train.py as it is, but for one thing ------------------------------------------------------------------
+
+
+def patch(module, name: str, make) -> None:
+    """Put what `make` makes of it in the place of a module's attribute, which has to be there."""
+    setattr(module, name, make(getattr(module, name)))
 
 
 def unfolded():
     import folding
 
-    folding.fold = lambda *_: 0
+    patch(folding, "fold", lambda _: lambda *_: 0)
 
 
 def all_in_training_mode():
     """Batch norms of frozen layers look at the batch, as under a bare model.train()."""
     import engine
 
-    engine.train_mode = lambda model: model.train()
+    patch(engine, "train_mode", lambda _: lambda model: model.train())
 
 
 def contiguous():
+    """Images as weights."""
     import torch
 
-    torch.channels_last = torch.contiguous_format
+    patch(torch, "channels_last", lambda _: torch.contiguous_format)
+
+
+def weights_channels_last():
+    """Weights as images."""
+    import torch
+
+    import launch
+
+    patch(launch, "in_its_layout", lambda _: lambda model, _: model.to(memory_format=torch.channels_last))
 
 
 def unfused():
-    import functools
-
     import phases
 
     for name in ("Adam", "AdamW", "SGD"):
-        optimizer = getattr(phases, name)
-        setattr(phases, name, functools.partial(_without_fused, optimizer))
-
-
-def _without_fused(optimizer, parameters, fused, **options):
-    return optimizer(parameters, **options)
+        patch(phases, name, lambda real: lambda parameters, fused, **options: real(parameters, **options))
 
 
 def unaugmented():
     import augment
 
-    augment.ReportAugment = augment.Normalize
+    patch(augment, "ReportAugment", lambda _: augment.Normalize)
 
 
 def read_in_each_step():
     """Loss and accuracy as Python numbers after each step."""
     from metrics import Classification
 
-    add = Classification.add
+    def reading(add):
+        def read_and_add(self, losses, classes, labels):
+            losses.mean().item(), (classes[:, 0] == labels).sum().item()
+            add(self, losses, classes, labels)
 
-    def reading(self, losses, classes, labels):
-        losses.mean().item(), (classes[:, 0] == labels).sum().item()
-        add(self, losses, classes, labels)
+        return read_and_add
 
-    Classification.add = reading
+    patch(Classification, "add", reading)
 
 
 def one_thread():
     """What accelerate launch sets a CPU training to."""
     import data
 
-    data.cores_per_process = lambda: 1
+    patch(data, "cores_per_process", lambda _: lambda: 1)
 
 
 def glibc_as_it_is():
     import launch
 
-    launch._keep_memory = lambda: None
+    patch(launch, "_keep_memory", lambda _: lambda: None)
 
 
 def no_grad_trunk():
@@ -96,19 +107,21 @@ def no_grad_trunk():
                 images = stage(images)
         return images
 
-    ResNet.forward_features = forward_features
+    patch(ResNet, "forward_features", lambda _: forward_features)
 
 
 def compiled():
     import folding
 
-    fold = folding.fold
+    def compiling(fold):
+        def fold_and_compile(model, *rest):
+            count = fold(model, *rest)
+            model.compile()
+            return count
 
-    def fold_and_compile(model, *rest):
-        fold(model, *rest)
-        model.compile()
+        return fold_and_compile
 
-    folding.fold = fold_and_compile
+    patch(folding, "fold", compiling)
 
 
 def nothing():
@@ -117,20 +130,22 @@ def nothing():
 
 FROZEN = ("resnet50:head", "resnet50:finetune")
 ALL = ("deep_cnn", *FROZEN)
-LEVERS = {  # name: (patches with the lever, patches without it, the cases to measure it for)
+LEVERS = {  # patches with the lever, patches without it, the cases to measure it for
     "bf16": ([], ["fp32"], ALL),
-    "channels_last": ([], ["contiguous"], ALL),
-    "frozen part in evaluation mode": (["unfolded"], ["unfolded", "all_in_training_mode"], FROZEN),
-    "frozen batch norms folded": ([], ["unfolded"], FROZEN),
-    "images decoded once": ([], ["decoding"], ALL),
-    "glibc keeps memory": ([], ["glibc_as_it_is"], ALL),
-    "a thread for each core": ([], ["one_thread"], ALL),
-    "fused optimizer": ([], ["unfused"], ALL),
-    "figures stay on the device": ([], ["read_in_each_step"], ("deep_cnn", "resnet50:head")),
-    "no augmentation (not used)": (["unaugmented"], [], ALL),
-    "frozen trunk under no_grad (not used)": (["no_grad_trunk"], [], FROZEN),
-    "module.compile() (not used)": (["compiled"], [], ALL),
+    "images_channels_last": ([], ["contiguous"], ALL),
+    "weights_contiguous": ([], ["weights_channels_last"], ALL),
+    "frozen_in_eval_mode": (["unfolded"], ["unfolded", "all_in_training_mode"], FROZEN),
+    "folding": ([], ["unfolded"], FROZEN),
+    "decoded_once": ([], ["decoding"], ALL),
+    "glibc_keeps_memory": ([], ["glibc_as_it_is"], ALL),
+    "thread_per_core": ([], ["one_thread"], ALL),
+    "fused_optimizer": ([], ["unfused"], ALL),
+    "figures_on_device": ([], ["read_in_each_step"], ("deep_cnn", "resnet50:head")),
+    "no_augmentation": (["unaugmented"], [], ALL),
+    "no_grad_trunk": (["no_grad_trunk"], [], FROZEN),
+    "compile": (["compiled"], [], ALL),
 }
+NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 fp32 = decoding = nothing  # by the launcher's precision, and by an option
 
 
@@ -161,10 +176,10 @@ def measure(case: str, args, folder: Path) -> list[dict]:
     source = turns.subset(args.data, max(10 * args.batch_size, round(rate * args.seconds)), folder)
     default, results = start([], source), []
     for name in args.levers:
-        used, unused, cases = LEVERS[name]
+        with_it, without, cases = LEVERS[name]
         if case not in cases:
             continue
-        pair = [start(patches, source) if patches else default for patches in (used, unused)]
+        pair = [start(patches, source) if patches else default for patches in (with_it, without)]
         turns.alternate(pair, args.rounds)
         ratios = sorted(one / two for one, two in zip(pair[0].values, pair[1].values, strict=True))
         results.append(
@@ -177,7 +192,8 @@ def measure(case: str, args, folder: Path) -> list[dict]:
             }
         )
         row = results[-1]
-        print(f"{name:40s}{case:19s}{row['ratio']:6.2f} x  ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+        used = "not used" if name in NOT_USED else ""
+        print(f"{name:22s}{used:10s}{case:19s}{row['ratio']:6.2f} x  ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
         for process in pair:
             process.values.clear()
             if process is not default:
@@ -210,4 +226,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

@@ -7,7 +7,8 @@
 size    ResNet-50, layer3, layer4 and head training, bf16, batch 64: rate and peak memory by image size
 batch   the same at 32x32 by batch size. Rates of both are relative to 32x32 and batch 64, measured in turns with it
 rows    SimpleCNN over one streamed epoch of embedded images: peak memory by the number of rows, workers included
-start   from the command to the first training step, in turns with a process that imports the same libraries and ends
+start   from `accelerate launch` to the first training step, in turns with a process that imports the same libraries
+        and ends
 
 Memory is the resident set of a run's processes (pages that they share counted once, where the system tells), on a GPU
 that of its tensors.
@@ -25,6 +26,8 @@ from pathlib import Path
 import loops
 import psutil
 import turns
+
+from errors import told
 
 CASE, SIZE, BATCH = "resnet50:finetune", 32, 64
 STREAMED_BATCH = 256
@@ -76,8 +79,8 @@ def training(args, folder: str) -> None:
 
 
 def first_step(args, folder: str) -> None:
-    """The command up to its first step; says how long after the process's start each part was done."""
-    marks, began = {}, psutil.Process().create_time()
+    """A run up to its first step; says how long after the command each part was done."""
+    marks, began = {}, args.began
 
     def mark(name, function):
         def marked(*arguments, **named):
@@ -92,7 +95,7 @@ def first_step(args, folder: str) -> None:
     import train
     from tracking import Tracking
 
-    marks["imports"] = round(time.time() - began, 2)
+    marks["launched, imported"] = round(time.time() - began, 2)
     data.load, models.create = mark("data opened", data.load), mark("model made", models.create)
     data.keep_decoded = mark("images decoded", data.keep_decoded)
     watch = Tracking.watch
@@ -118,7 +121,8 @@ def child(args) -> None:
 
 def against_size_or_batch(part: str, args, folder: Path) -> list[dict]:
     def start(size, batch):
-        source = turns.subset(args.data, max(200, 4 * batch), folder)
+        pixels = (size / SIZE) ** 2 * batch / BATCH
+        source = turns.subset(args.data, max(200, batch * max(4, round(20 / pixels))), folder)
         return turns.Process("training", "--sizes", size, "--batches", batch, "--data", source)
 
     reference, rows = start(SIZE, BATCH), []
@@ -151,8 +155,7 @@ def against_rows(args) -> list[dict]:
         value = process.turn()
         process.end()
         rows.append({"part": "rows", "rows": count, "batch_size": STREAMED_BATCH, "peak_mib": value["mib"]})
-        rows[-1]["images_per_second"] = round(value["rate"], 1)
-        print(f"rows  {count:9,d} streamed  {value['mib']:6d} MiB  {value['rate']:.0f} images/s", flush=True)
+        print(f"rows  {count:9,d} streamed  {value['mib']:6d} MiB", flush=True)
     return rows
 
 
@@ -162,7 +165,8 @@ def start_of_a_run(args) -> list[dict]:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", f"import {LIBRARIES}"], check=True)
         imports = time.perf_counter() - began
-        process = turns.Process("start", "--data", args.data)
+        launcher = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "bf16")
+        process = turns.Process("start", "--data", args.data, "--began", time.time(), launcher=launcher)
         process.end()
         rows.append({"part": "start", "bare_imports": round(imports, 2)} | process.ready)
     rows = rows[1:]  # the first one warms up the disk's cache
@@ -188,11 +192,13 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
     for (rate, memory), part in zip(grid.T, parts, strict=True):
         own = [row for row in rows if row["part"] == part]
         x = [row[axis[part]] for row in own]
-        key = "images_per_second" if part == "rows" else "relative_rate"
-        rate.plot(x, [row[key] for row in own], marker="o")
-        rate.set_ylabel("images/s" if part == "rows" else f"rate, {SIZE} pixels and batch {BATCH} being 1")
         memory.plot(x, [row["peak_mib"] for row in own], marker="o", color="tab:orange")
         memory.set_ylabel("peak memory (MiB)")
+        if part == "rows":
+            rate.axis("off")
+        else:
+            rate.plot(x, [row["relative_rate"] for row in own], marker="o")
+            rate.set_ylabel(f"rate, {SIZE} pixels and batch {BATCH} being 1")
         for axes in (rate, memory):
             axes.set_xlabel(label[part])
             axes.set_xscale("log", base=10 if part == "rows" else 2)
@@ -213,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each that count [3]")
     parser.add_argument("--data", default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]")
     parser.add_argument("--output", type=Path, default=Path("scaling"), help="name of the .json and .png [scaling]")
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=("training", "rows", "start"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -234,4 +241,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

@@ -36,8 +36,8 @@ def look(process: psutil.Process) -> dict[str, float]:
 def soak(epochs: int, folder: Path) -> list[dict[str, float]]:
     """Run it; what was seen after each epoch. One look may serve for two epochs if they are short."""
     command = [sys.executable, "train.py", "--config", "recipes/demo_scratch.yaml", "--tracking", "wandb"]
-    command += ["--data.embedded_rows", "200", "--data.workers", "1", "--phases.train.epochs", str(epochs)]
-    command += ["--output_dir", str(folder), "--run_name", "soak"]
+    command += ["--data.embedded_rows", "200", "--data.workers", "1", "--data.keep_mb", "0"]
+    command += ["--phases.train.epochs", str(epochs), "--output_dir", str(folder), "--run_name", "soak"]
     history, seen = folder / "soak" / "history.jsonl", []
     with (folder / "log").open("w") as log, tqdm(total=epochs, unit=" epochs", disable=None) as bar:
         child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"WANDB_MODE": "offline"})

@@ -1,20 +1,22 @@
 """How near does the training come to what the machine can compute, and how far ahead of the usual scripts is it?
 
-    python benchmarks/throughput.py                                       # on embedded images; some 5 minutes a case
+    python benchmarks/throughput.py                                       # on embedded images; about an hour
     python benchmarks/throughput.py --data CIFAR100 --output throughput   # writes throughput.json and throughput.png
     python benchmarks/throughput.py --cases deep_cnn resnet50:head --batch_sizes 64
 
 For each model and phase, at 32x32, in images per second:
 
 limit     forward, backward and optimizer step on one batch that lies on the device already, its frozen batch norms
-          folded like ours; the best of contiguous or channels_last, fp32 or bf16, eager or compiled
+          folded like ours; the best of contiguous, channels_last or channels_last images alone, of fp32 or bf16, and
+          of eager or (where there is a C++ compiler, and unless --eager) compiled
 ours      epochs of train.py, in bf16: data, augmentation, metrics and history on. As its defaults are: images decoded
           once, before training
 decoding  the same with images decoded anew in each epoch (--data.keep_mb 0)
 plain     the usual loop: torchvision's transforms on PIL images in a DataLoader with a worker per core, fp32,
           contiguous, model.train() on the whole model, frozen parameters without gradient, .item() in each step
 hf        the loop of Hugging Face's example without Trainer: the same transforms through with_transform, a collate
-          function, Accelerate's prepare, a metric's add_batch in each step; fp32, as it is launched by default
+          function, Accelerate's prepare, a metric's add_batch in each step (the example's training has none, it keeps
+          that for evaluation); fp32, as it is launched by default
 
 Each runs in a process of its own, and they take turns, after one that warms up. The validation pass and checkpoints are
 outside the timing.
@@ -22,6 +24,7 @@ outside the timing.
 
 import argparse
 import itertools
+import shutil
 import statistics
 import tempfile
 import time
@@ -30,6 +33,8 @@ from pathlib import Path
 import loops
 import turns
 from loops import CASES
+
+from errors import told
 
 VARIANTS = ("limit", "ours", "decoding", "plain", "hf")
 
@@ -50,16 +55,20 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
     device = launch.make_accelerator(config).device
     name, phase, modules = CASES[case]
 
+    plain, last = torch.contiguous_format, torch.channels_last
+    layouts = {"contiguous": (plain, plain), "channels_last": (last, last), "channels_last images": (plain, last)}
+
     def stepper(layout, precision, compiled=False):
+        of_weights, of_images = layouts[layout]
         torch.manual_seed(0)
-        model = timm.create_model(name, num_classes=100).to(device, memory_format=layout)
+        model = timm.create_model(name, num_classes=100).to(device, memory_format=of_weights)
         models.freeze_all_but(model, modules)
         folding.fold(model, (32, 32), precision)
         train_mode(model)
         if compiled:
             model.compile()
         optimizer = make_optimizer(config.phases[phase], model)
-        images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=layout)
+        images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=of_images)
         labels = torch.randint(100, (batch_size,), device=device)
 
         def step():
@@ -83,7 +92,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
         return steps * batch_size / (time.perf_counter() - began)
 
     # Two looks at each, the better of which counts; then whether compiling the best one makes it better still.
-    ways = list(itertools.product((torch.contiguous_format, torch.channels_last), ("no", "bf16")))
+    ways = list(itertools.product(layouts, ("no", "bf16")))
     looks = {way: max(rate(stepper(*way), seconds / 4) for _ in range(2)) for way in ways}
     layout, precision = best = max(looks, key=looks.get)
     step, how = stepper(*best), "eager"
@@ -91,10 +100,10 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
         compiled = stepper(*best, compiled=True)
         pairs = [[rate(one, seconds / 4) for one in (step, compiled)] for _ in range(3)]
         gain = statistics.median(second / first for first, second in pairs)
-        how = f"compiled ({gain:.2f} x eager)" if gain > 1 else f"eager (compiled: {gain:.2f} x)"
+        how = f"compiled ({gain:.2f} x eager)" if gain > 1 else f"eager (compiled {gain:.2f} x)"
         step = compiled if gain > 1 else step
     precision = precision.replace("no", "fp32")
-    yield {"what": f"{str(layout).removeprefix('torch.')}, {precision}, {how}", "rate": looks[best]}
+    yield {"what": f"{layout}, {precision}, {how}", "rate": looks[best]}
     while True:
         yield rate(step, seconds)
 
@@ -111,7 +120,9 @@ def child(args) -> None:
     case, batch_size = args.cases[0], args.batch_sizes[0]
     with tempfile.TemporaryDirectory() as folder:
         work = {
-            "limit": lambda: limit(case, batch_size, args.seconds, args.compile),
+            "limit": lambda: limit(
+                case, batch_size, args.seconds, compiling=not args.eager and bool(shutil.which("g++"))
+            ),
             "ours": lambda: loops.ours(loops.config_of(case, args.data, batch_size, folder)),
             "decoding": lambda: loops.ours(loops.config_of(case, args.data, batch_size, folder, data={"keep_mb": 0})),
             "plain": lambda: loops.plain(case, args.data, batch_size),
@@ -125,7 +136,7 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
 
     def start(variant, source):
         options = ["--cases", case, "--data", source, "--batch_sizes", batch_size, "--seconds", args.seconds]
-        return turns.Process(variant, *options, *["--compile"] * args.compile)
+        return turns.Process(variant, *options, *["--eager"] * args.eager)
 
     first = start("limit", args.data)
     rows = max(200, 20 * batch_size, round(first.ready["rate"] * args.seconds / 0.98))
@@ -189,7 +200,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant that count [5]")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of a turn at the limit's rate [8]")
     parser.add_argument("--data", default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]")
-    parser.add_argument("--compile", action="store_true", help="let the limit try torch.compile, too (needs g++)")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not let the limit try torch.compile, which takes minutes"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("throughput"), help="name of the .json and .png [throughput]"
     )
@@ -218,4 +231,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

@@ -19,6 +19,8 @@ from pathlib import Path
 import loops
 import turns
 
+from errors import told
+
 EPOCHS = 10  # of each of the usual loop's phases, and of train.py's first
 VARIANTS = ("plain", "ours")
 
@@ -163,4 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told():
+        main()

@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # before they are imported
+if "HF_DATASETS_CACHE" not in os.environ:  # the parent's and its children's, gone when it ends
+    CACHE = tempfile.TemporaryDirectory(prefix="benchmark-")
+    os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 
 # ---- in the child ---------------------------------------------------------------------------------------------------
@@ -41,7 +45,7 @@ def take(value) -> None:
     """Hand a value to the parent and wait to be asked again; end if it has gone."""
     os.write(WAY_OUT, (json.dumps({"turn": value}) + "\n").encode())
     if not sys.stdin.readline():
-        os._exit(0)
+        sys.exit()
 
 
 WAY_OUT = os.dup(1)  # what is measured may print on stdout; the turns have a way of their own
@@ -56,10 +60,11 @@ class Process:
     Args:
         arguments: of the running script, which is started again with them.
         precision: Accelerate's mixed precision.
+        launcher: what starts it.
     """
 
-    def __init__(self, name: str, *arguments, precision: str = "bf16"):
-        command = [sys.executable, sys.argv[0], *map(str, arguments), "--measure", name]
+    def __init__(self, name: str, *arguments, precision: str = "bf16", launcher=(sys.executable,)):
+        command = [*launcher, sys.argv[0], *map(str, arguments), "--measure", name]
         env = {"ACCELERATE_MIXED_PRECISION": precision, "HF_HUB_OFFLINE": "1"}
         self.name, self.values, self.seconds = name, [], 0.0
         self.process = subprocess.Popen(

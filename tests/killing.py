@@ -1,6 +1,6 @@
 """Kill a two-phase run at random moments, resume it each time, and compare what came out with the uninterrupted run.
 
-    python tests/killing.py FOLDER --data mapped|streamed --processes 1|2 --kills 25
+    python tests/killing.py FOLDER --data kept|mapped|streamed --processes 1|2 --kills 25
 
 Run by test_resume.py. The libraries are imported once, here, and each attempt is a fork, so that an attempt costs a
 second and not ten. Prints one JSON object: how many kills fell where.
@@ -32,17 +32,19 @@ PLACES = ("starting", "phase 1", "phase 2", "validation", "writing a checkpoint"
 TIMINGS = ("seconds", "seconds_left", "images_per_second", "minutes")
 
 
-def make_config(folder: Path, name: str, streamed: bool):
+def make_config(folder: Path, name: str, kind: str):
     phase = {"epochs": 2, "lr": 1e-2, "schedule": "plateau", "early_stopping": 5}
     tree = {
         "model": {"name": "test_resnet"},
-        "data": {"source": str(folder / "data"), "batch_size": 32, "workers": 0, "streaming": streamed},
+        "data": {"source": str(folder / "data"), "batch_size": 32, "workers": 0, "streaming": kind == "streamed"},
         "phases": {"head": phase | {"modules": "head"}, "finetune": phase | {"modules": "layer4,head"}},
         "checkpoint": {"every_steps": 4},
         "output_dir": str(folder / "runs"),
         "run_name": name,
         "tracking": "none",
     }
+    if kind == "mapped":
+        tree["data"]["keep_mb"] = 0  # images are decoded in each epoch, not kept
     return check(tree, "test")
 
 
@@ -139,7 +141,7 @@ def result(run: Path) -> dict[str, bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", choices=("mapped", "streamed"), default="mapped")
+    parser.add_argument("--data", choices=("kept", "mapped", "streamed"), default="kept")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
@@ -152,14 +154,14 @@ def main() -> None:
 
     for name in ("warm-up", "whole"):  # the first one takes longer: it reads the libraries' rest from the disk
         began = time.monotonic()
-        wait(start(args.processes, child, make_config(args.folder, name, args.data == "streamed"), None, place), 300)
+        wait(start(args.processes, child, make_config(args.folder, name, args.data), None, place), 300)
         took = time.monotonic() - began
     expected = result(args.folder / "runs" / "whole")
 
     runs = 0
     while sum(counts.values()) < args.kills:
         name = f"run{runs}"
-        config, run = make_config(args.folder, name, args.data == "streamed"), args.folder / "runs" / name
+        config, run = make_config(args.folder, name, args.data), args.folder / "runs" / name
         runs += 1
         while not (run / "summary.json").exists():
             place[0] = 0

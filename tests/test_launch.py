@@ -1,5 +1,6 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,11 +127,23 @@ def test_bf16_is_hinted_at_where_the_machine_has_it_and_it_is_not_used(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    launch.make_accelerator(make_config())
+    launch.hint_at_bf16(launch.make_accelerator(make_config()))
     assert ("--mixed_precision bf16" in capsys.readouterr().out) == hinted
 
 
 def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    launch.make_accelerator(make_config())
+    launch.hint_at_bf16(launch.make_accelerator(make_config()))
     assert capsys.readouterr().out == ""
+
+
+def test_weights_are_channels_last_on_a_gpu_alone():
+    for device, layout in (("cuda", torch.channels_last), ("cpu", torch.contiguous_format)):
+        model = launch.in_its_layout(torch.nn.Conv2d(3, 4, 3), torch.device(device))
+        assert model.weight.is_contiguous(memory_format=layout), device
+
+
+def test_a_gpus_peak_memory_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    assert launch.peak_memory(SimpleNamespace(device=torch.device("cuda"))) == {"peak_memory_mb": 3}
+    assert launch.peak_memory(SimpleNamespace(device=torch.device("cpu"))) == {}

@@ -72,7 +72,8 @@ def stop_at(monkeypatch, number, step=None, batch=None):
     ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, number, place, streaming, workers):
-    config = make_config(PHASES, data={"streaming": streaming, "workers": workers})
+    keep = {"keep_mb": 0} if workers else {}  # or there would be nothing for them to do
+    config = make_config(PHASES, data={"streaming": streaming, "workers": workers} | keep)
     whole = train.train(dataclasses.replace(config, run_name="whole"))
     fresh()
     with monkeypatch.context() as patch:
@@ -211,6 +212,6 @@ def test_killed_and_resumed_is_the_uninterrupted_run(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", "2"])
-@pytest.mark.parametrize("data", ["mapped", "streamed"])
+@pytest.mark.parametrize("data", ["kept", "mapped", "streamed"])
 def test_killed_at_25_random_moments(command, tmp_path, data, processes):
     kill(command, tmp_path, 25, "--data", data, "--processes", processes)

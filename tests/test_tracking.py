@@ -41,7 +41,7 @@ def test_history_has_one_line_per_epoch_and_is_on_disk_at_once(start, tmp_path, 
         assert lines(tmp_path)[-1] == ROW | {"epoch": epoch}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2
-    for part in ("1/2", "head", "25.00%", "best", "99 images/s, at most 4 min of head left"):
+    for part in ("1/2", "head", "25.00%", "best", "99 images/s, about 4 min of head left"):
         assert part in printed[0]
 
 

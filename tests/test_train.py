@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import datasets
 import numpy as np
@@ -247,17 +248,35 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(command, tmp_path):
     assert result.stderr == f"error: data.source: there is no file or folder {tmp_path / 'nothing'}\n"
 
 
-def test_decoding_in_each_epoch_trains_the_same(make_config):
-    """`data.keep_mb` is about speed alone: the weights are the same, bit for bit."""
-    kept = train.train(make_config(run_name="kept"))
-    decoded = train.train(make_config(run_name="decoded", data={"keep_mb": 0}))
+def test_decoding_in_each_epoch_trains_the_same(make_config, parquet, tmp_path, monkeypatch):
+    """`data.keep_mb` is about speed alone: the weights are the same, bit for bit, also where images are skipped."""
+    rows = datasets.load_dataset("parquet", data_files=str(parquet / "train-*"))["train"]
+    rows = rows.cast_column("img", datasets.Image(decode=False)).to_list()
+    rows[3]["img"]["bytes"] = b"no image"
+    (tmp_path / "data").mkdir()
+    features = datasets.load_dataset("parquet", data_files=str(parquet / "train-*"))["train"].features
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    values = {"source": str(tmp_path / "data"), "test_split": None, "on_corrupt": "skip"}
+    real, keeping = train.data.keep_decoded, []
+
+    def spy(*args):
+        keeping.append(real(*args))
+        return keeping[-1]
+
+    monkeypatch.setattr(train.data, "keep_decoded", spy)
+    kept = train.train(make_config(run_name="kept", data=values))
+    decoded = train.train(make_config(run_name="decoded", data=values | {"keep_mb": 0}))
+    assert [isinstance(source.train, train.data.Pixels) for source in keeping] == [True, False]
+    assert history(kept)[0]["train_corrupt"] + history(kept)[0].get("val_corrupt", 0) == 1
     assert untimed(kept) == untimed(decoded)
     one, other = (load_file(run / "best" / "model.safetensors") for run in (kept, decoded))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_folding_changes_no_figure_beyond_rounding(make_config, monkeypatch):
+def test_folding_changes_no_figure_beyond_rounding(make_config, monkeypatch, capsys):
     folded = history(train.train(make_config(run_name="folded")))
+    counts = re.findall(r"(\d+) frozen batch norms folded", capsys.readouterr().out)
+    assert [int(count) > 0 for count in counts] == [True, True]
     monkeypatch.setattr(train.folding, "fold", lambda *_: 0)
     plain = history(train.train(make_config(run_name="plain")))
     for one, other in zip(folded, plain, strict=True):
