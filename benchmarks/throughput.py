@@ -139,7 +139,7 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
         return turns.Process(variant, *options, *["--eager"] * args.eager)
 
     first = start("limit", args.data)
-    rows = max(200, 20 * batch_size, round(first.ready["rate"] * args.seconds / 0.98))
+    rows = max(200, 5 * batch_size, round(first.ready["rate"] * args.seconds / 0.98))
     source = turns.subset(args.data, rows, folder)
     processes = [first] + [start(variant, source) for variant in VARIANTS[1:] if variant in ("ours", *args.variants)]
     turns.alternate(processes, args.rounds)
