@@ -211,13 +211,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ["size", "batch", "rows", "start"]
     parser.add_argument("--parts", nargs="+", choices=known, default=known, help="what to measure [all]")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[32, 64, 96, 128, 160, 224], help="pixels a side")
-    parser.add_argument("--batches", nargs="+", type=int, default=[16, 32, 64, 128, 256, 512], help="batch sizes")
     parser.add_argument(
-        "--rows", nargs="+", type=int, default=[1000, 10_000, 100_000, 1_000_000], help="embedded rows to stream"
+        "--sizes", nargs="+", type=turns.positive, default=[32, 64, 96, 128, 160, 224], help="pixels a side"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each that count [3]")
-    parser.add_argument("--data", default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]")
+    parser.add_argument(
+        "--batches", nargs="+", type=turns.positive, default=[16, 32, 64, 128, 256, 512], help="batch sizes"
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=turns.positive,
+        default=[1000, 10_000, 100_000, 1_000_000],
+        help="embedded rows to stream",
+    )
+    parser.add_argument("--rounds", type=turns.positive, default=3, help="turns of each that count [3]")
+    parser.add_argument(
+        "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
+    )
     parser.add_argument("--output", type=Path, default=Path("scaling"), help="name of the .json and .png [scaling]")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=("training", "rows", "start"), help=argparse.SUPPRESS)

@@ -193,13 +193,17 @@ def key(row: dict) -> tuple:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="models and phases [all]")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[64, 512], help="images a step [64 512]")
+    parser.add_argument(
+        "--batch_sizes", nargs="+", type=turns.positive, default=[64, 512], help="images a step [64 512]"
+    )
     parser.add_argument(
         "--variants", nargs="*", choices=VARIANTS[2:], default=VARIANTS[2:], help="beside limit and ours [all]"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant that count [5]")
+    parser.add_argument("--rounds", type=turns.positive, default=5, help="turns of each variant that count [5]")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of a turn at the limit's rate [8]")
-    parser.add_argument("--data", default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]")
+    parser.add_argument(
+        "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
+    )
     parser.add_argument(
         "--eager", action="store_true", help="do not let the limit try torch.compile, which takes minutes"
     )

@@ -139,11 +139,17 @@ def plot(rows: list[dict], judged: dict, device: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]")
-    parser.add_argument("--rows", type=int, help="take the first ones only, of which a fifth is held out [all]")
+    parser.add_argument(
+        "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
+    )
+    parser.add_argument(
+        "--rows", type=turns.positive, help="take the first ones only, of which a fifth is held out [all]"
+    )
     parser.add_argument("--weights", type=Path, required=True, help="ResNet-50's, .safetensors")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of each of the usual loop's phases [{EPOCHS}]")
-    parser.add_argument("--most", type=int, default=50, help="epochs after which train.py gives up [50]")
+    parser.add_argument(
+        "--epochs", type=turns.positive, default=EPOCHS, help=f"of each of the usual loop's phases [{EPOCHS}]"
+    )
+    parser.add_argument("--most", type=turns.positive, default=50, help="epochs after which train.py gives up [50]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output", type=Path, default=Path("time_to_accuracy"), help="name of the .json and .png [time_to_accuracy]"
@@ -154,6 +160,8 @@ def main() -> None:
     if args.measure:
         return child(args)
 
+    if not args.weights.is_file():
+        parser.error(f"--weights: there is no file {args.weights}")
     said = turns.conditions()
     turns.tell(said)
     with tempfile.TemporaryDirectory() as args.runs:

@@ -4,6 +4,7 @@ A benchmark starts itself again, once for each thing that it measures, with `--m
 ready and then does one piece of work whenever it is asked, an epoch for example.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ if "HF_DATASETS_CACHE" not in os.environ:  # the parent's and its children's, go
     CACHE = tempfile.TemporaryDirectory(prefix="benchmark-")
     os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
+from errors import UserError
 
 # ---- in the child ---------------------------------------------------------------------------------------------------
 
@@ -104,6 +106,29 @@ def alternate(processes: list[Process], rounds: int) -> None:
 def ratio(process: Process, other: Process) -> float:
     """The median of the rounds' own ratios: a machine that was slow for one was slow for the other."""
     return statistics.median(one / two for one, two in zip(process.values, other.values, strict=True))
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """argparse's type of a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be a whole number from 1, not {text}")
+    return int(text)
+
+
+def source(text: str) -> str:
+    """argparse's type of --data: 'embedded', or parquet that is there."""
+    from config import DataConfig
+
+    try:
+        kind = DataConfig(source=text).kind
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if kind not in ("embedded", "parquet"):
+        raise argparse.ArgumentTypeError(f"should be embedded, or a folder of parquet, not {text}")
+    return text
 
 
 # ---- what figures have to be told with ------------------------------------------------------------------------------

@@ -21,6 +21,23 @@ def test_help_teaches(command, script):
     assert f"python benchmarks/{script}" in result.stdout
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("throughput.py --data nowhere", "--data: should be embedded, or a folder of parquet, not nowhere"),
+        ("levers.py --rounds 0", "--rounds: should be a whole number from 1, not 0"),
+        ("scaling.py --rows 1k", "--rows: should be a whole number from 1, not 1k"),
+        ("time_to_accuracy.py --weights nowhere.safetensors", "--weights: there is no file nowhere.safetensors"),
+    ],
+)
+def test_mistakes_are_told_in_a_line_before_anything_is_measured(command, line, said):
+    script, *options = line.split()
+    result = command(f"benchmarks/{script}", *options)
+    assert result.returncode == 2
+    assert said in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
 def test_both_are_timed_until_they_first_have_the_usual_loops_last_top1():
     def rows(variant, seconds, figures):
         return [
