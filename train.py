@@ -55,8 +55,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
         Interrupted: a signal came; everything up to its step is in a checkpoint.
     """
     accelerator = launch.make_accelerator(config)
-    if not resume:
-        launch.hint_at_bf16(accelerator)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
         way_on = f"go on with: accelerate launch train.py --resume {run}"
@@ -95,6 +93,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
             f"model: {config.model.name} from {saved.path if saved else origin} "
             "(order: resume, weights, pretrained, scratch)"
         )
+        if not resume:
+            launch.hint_at_bf16(accelerator)
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))
@@ -157,7 +157,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         raise UserError(
                             f"the training split has fewer rows than data.batch_size {config.data.batch_size}"
                         )
-                    training_ended, whole = time.perf_counter(), state.epoch_step / (state.epoch_step - passed)
+                    training_ended, steps_made = time.perf_counter(), max(1, state.epoch_step - passed)
+                    whole_epoch = state.epoch_step / steps_made * (training_ended - began)
                     val_batches = interrupt.watch(val_loader)
                     validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                 except Interrupted:
@@ -180,8 +181,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 row |= {f"train_{key}": value for key, value in trained.items()}
                 row |= {f"val_{key}": value for key, value in validated.items()}
                 row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
-                whole_epoch = (training_ended - began) * whole + ended - training_ended
-                row["seconds_left"] = 0.0 if state.stopped else (phase.epochs - state.phase_epoch) * whole_epoch
+                epochs_left = 0 if state.stopped else phase.epochs - state.phase_epoch
+                row["seconds_left"] = epochs_left * (whole_epoch + ended - training_ended)
                 row |= launch.peak_memory(accelerator)
                 for what, figures in (("training", trained), ("validation", validated)):
                     if "corrupt" in figures:

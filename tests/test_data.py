@@ -274,7 +274,7 @@ def test_corrupt_images_are_skipped_where_that_is_wanted(corrupted, streaming, w
     (test,) = batches[-1:]
     assert [i for i, label in enumerate(test["label"]) if label == IGNORED] == [7, 11]
     assert test["label"].tolist()[:7] == [0, 1, 0, 1, 0, 1, 0]
-    assert torch.equal(test["image"][7], test["image"][0]), "another image's pixels"
+    assert not test["image"][7].any(), "black, whatever is beside it"
     everything = data.Collate("image", "label", 2, (16, 16), None, skip=True)([{"image": None, "label": 1}] * 2)
     assert everything["label"].tolist() == [IGNORED, IGNORED]
     assert not everything["image"].any()

