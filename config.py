@@ -254,8 +254,8 @@ class Config(_Section):
     profile: int | None = Field(
         None,
         ge=1,
-        description="trace this many steps at the start of each phase with torch's profiler, to "
-        "RUN/profile/PHASE.json.gz, which ui.perfetto.dev opens (default: off)",
+        description="trace this many steps of each phase's first epoch (after 3 that warm up) with torch's profiler, "
+        "to RUN/profile/PHASE.json.gz, which ui.perfetto.dev opens (default: off)",
     )
     tracking: Literal["wandb", "none"] = Field(
         "wandb",

@@ -45,10 +45,17 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
+def precision_option(accelerator: Accelerator) -> str:
+    """What `accelerate launch` has to be told besides for the same precision, with a space behind it."""
+    return "" if accelerator.mixed_precision == "no" else f"--mixed_precision {accelerator.mixed_precision} "
+
+
 def hint_at_bf16(accelerator: Accelerator) -> None:
     """Say so if bf16 is left unused by a device that has instructions for it."""
     if accelerator.mixed_precision == "no" and _has_bf16(accelerator.device):
-        accelerator.print("hint: bf16 is faster on this machine: accelerate launch --mixed_precision bf16 train.py")
+        accelerator.print(
+            "hint: this machine computes in bf16, too, mostly faster: accelerate launch --mixed_precision bf16 ..."
+        )
 
 
 def in_its_layout(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -133,7 +140,8 @@ def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[s
     for name in ("processes", "mixed_precision", "device_type"):
         before, after = getattr(recorded, name), getattr(now, name)
         if before != after:
-            raise UserError(f"--resume: the run was started with {name} {before}, not {after}", USAGE)
+            way_on = f"; accelerate launch --mixed_precision {before} ..." if name == "mixed_precision" else ""
+            raise UserError(f"--resume: the run was started with {name} {before}, not {after}{way_on}", USAGE)
     before, after = recorded.versions | {"device": recorded.device}, now.versions | {"device": now.device}
     return [
         f"{name} is {after[name]}, not {before[name]}: the rest of the run may differ in the last digits"

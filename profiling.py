@@ -11,7 +11,7 @@ WARM_UP = 3  # steps that are left out: the first ones allocate and choose algor
 def traced(steps: Iterator, count: int, path: Path) -> Iterator:
     """Pass an epoch's steps on, and write a trace of `count` of them, which Perfetto and Chrome open.
 
-    The trace holds fewer if the epoch is shorter, and none if it ends before the warm-up does.
+    The trace holds fewer if the epoch is shorter; there is none if it ends before the warm-up does. Says where it is.
 
     Args:
         path: the trace's file, NAME.json.gz; its folder is made.
@@ -20,9 +20,12 @@ def traced(steps: Iterator, count: int, path: Path) -> Iterator:
 
     def write(profiler):
         profiler.export_chrome_trace(str(path))
+        print(f"profile: {path}", flush=True)
 
     plan = schedule(wait=WARM_UP - 1, warmup=1, active=count, repeat=1)
     with profile(schedule=plan, on_trace_ready=write) as profiler:
         for step in steps:
             yield step
             profiler.step()
+    if not path.exists():
+        print(f"profile: none, as an epoch has no more than the {WARM_UP} steps that warm up", flush=True)

@@ -57,7 +57,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     accelerator = launch.make_accelerator(config)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
-        way_on = f"go on with: accelerate launch train.py --resume {run}"
+        way_on = f"go on with: accelerate launch {launch.precision_option(accelerator)}train.py --resume {run}"
         saved = checkpoint.newest(accelerator, run)
         state = saved.state if saved else RunState()
         if resume:
@@ -102,6 +102,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
         hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
         source = data.keep_decoded(source, config.data, interrupt.watch, hidden)
+        kept = isinstance(source.train, data.Pixels)
+        accelerator.print(f"images: {'decoded once and kept in memory' if kept else 'decoded in each epoch'}")
         train_rows = data.loader(source, "train", config.data, share, config.seed)
         validation_rows = data.loader(source, "validation", config.data, share, config.seed)
 
@@ -130,7 +132,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             folded = folding.fold(accelerator.unwrap_model(model), size, accelerator.mixed_precision)
             accelerator.print(describe_phase(accelerator, config, name, model, trained_names, folded))
 
-            profile = config.profile  # the first epoch of this phase that is trained here
+            profile = config.profile  # of the first epoch of this phase that is trained here from its beginning
             while state.phase_epoch < phase.epochs and not state.stopped:
                 began, lr, images = time.perf_counter(), optimizer.param_groups[0]["lr"], 0
                 train_loader.set_epoch(state.epoch)
@@ -141,7 +143,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 steps = train_epoch(
                     accelerator, model, rest, train_transform, optimizer, metrics, micro_batch_size, config.clip_norm
                 )
-                if profile and accelerator.is_main_process:
+                if profile and not passed and accelerator.is_main_process:
                     steps = profiling.traced(steps, profile, run / "profile" / f"{name}.json.gz")
                     profile = None
                 title = f"phase {name}, epoch {state.epoch + 1}"

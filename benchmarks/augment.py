@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from loops import usual_transforms
+from turns import positive
 
 import augment
 import data
@@ -26,9 +27,9 @@ from models import CIFAR100_MEAN, CIFAR100_STD
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="alternations [7]")
-    parser.add_argument("--batch_size", type=int, default=64, help="images a batch [64]")
-    parser.add_argument("--batches", type=int, default=10, help="batches a round [10]")
+    parser.add_argument("--rounds", type=positive, default=7, help="alternations [7]")
+    parser.add_argument("--batch_size", type=positive, default=64, help="images a batch [64]")
+    parser.add_argument("--batches", type=positive, default=10, help="batches a round [10]")
     args = parser.parse_args()
 
     source = data.load(DataConfig(source="embedded", embedded_rows=args.batch_size * 4))

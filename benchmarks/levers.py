@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
     )
-    parser.add_argument("--output", type=Path, default=Path("levers"), help="name of the .json [levers]")
+    parser.add_argument("--output", type=turns.output, default=Path("levers"), help="name of the .json [levers]")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure is not None:

@@ -228,7 +228,9 @@ def main() -> None:
     parser.add_argument(
         "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
     )
-    parser.add_argument("--output", type=Path, default=Path("scaling"), help="name of the .json and .png [scaling]")
+    parser.add_argument(
+        "--output", type=turns.output, default=Path("scaling"), help="name of the .json and .png [scaling]"
+    )
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=("training", "rows", "start"), help=argparse.SUPPRESS)
     args = parser.parse_args()

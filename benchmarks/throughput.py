@@ -208,7 +208,7 @@ def main() -> None:
         "--eager", action="store_true", help="do not let the limit try torch.compile, which takes minutes"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("throughput"), help="name of the .json and .png [throughput]"
+        "--output", type=turns.output, default=Path("throughput"), help="name of the .json and .png [throughput]"
     )
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()

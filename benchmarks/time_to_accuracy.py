@@ -152,7 +152,10 @@ def main() -> None:
     parser.add_argument("--most", type=turns.positive, default=50, help="epochs after which train.py gives up [50]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", type=Path, default=Path("time_to_accuracy"), help="name of the .json and .png [time_to_accuracy]"
+        "--output",
+        type=turns.output,
+        default=Path("time_to_accuracy"),
+        help="name of the .json and .png [time_to_accuracy]",
     )
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)

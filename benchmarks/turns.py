@@ -118,6 +118,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def output(text: str) -> Path:
+    """argparse's type of --output: a name in a folder that is there."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
+    return Path(text)
+
+
 def source(text: str) -> str:
     """argparse's type of --data: 'embedded', or parquet that is there."""
     from config import DataConfig

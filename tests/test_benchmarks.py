@@ -25,6 +25,8 @@ def test_help_teaches(command, script):
     "line, said",
     [
         ("throughput.py --data nowhere", "--data: should be embedded, or a folder of parquet, not nowhere"),
+        ("scaling.py --output /nowhere/x", "--output: there is no folder /nowhere"),
+        ("augment.py --batches 0", "--batches: should be a whole number from 1, not 0"),
         ("levers.py --rounds 0", "--rounds: should be a whole number from 1, not 0"),
         ("scaling.py --rows 1k", "--rows: should be a whole number from 1, not 1k"),
         ("time_to_accuracy.py --weights nowhere.safetensors", "--weights: there is no file nowhere.safetensors"),

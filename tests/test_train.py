@@ -303,8 +303,15 @@ def test_the_fast_path_keeps_the_loss_curve_within_the_noise_of_seeds(make_confi
     assert np.abs(fast - plain).max() < plain.std(axis=0).min(), "seed by seed, and epoch by epoch"
 
 
-def test_profile_writes_a_trace_of_each_phase(make_config):
+def test_an_epoch_too_short_to_be_traced_is_told(make_config, capsys):
+    run = train.train(make_config({"only": phase()}, profile=2, data={"batch_size": 150}))
+    assert not list((run / "profile").iterdir())
+    assert "profile: none, as an epoch has no more than the 3 steps that warm up" in capsys.readouterr().out
+
+
+def test_profile_writes_a_trace_of_each_phase(make_config, capsys):
     run = train.train(make_config(profile=2))
+    assert f"profile: {run}/profile/head.json.gz" in capsys.readouterr().out
     traces = sorted((run / "profile").iterdir())
     assert [path.name for path in traces] == ["finetune.json.gz", "head.json.gz"]
     for path in traces:
