@@ -61,8 +61,8 @@ def hint_at_bf16(accelerator: Accelerator) -> None:
 def in_its_layout(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The model with its weights in the layout that trains fastest on images in channels_last.
 
-    On a GPU that is channels_last too. A CPU's convolutions take either, but its fused optimizers copy weights of any
-    other layout than the default one, a tenth of ResNet-50's step.
+    On a GPU that is channels_last too. A CPU's convolutions take either, and its fused optimizers copy weights of any
+    layout but the default one.
     """
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
