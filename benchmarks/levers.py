@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--output", type=turns.output, default=Path("levers"), help="name of the .json [levers]")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    turns.prepare()
     if args.measure is not None:
         return child(args)
 

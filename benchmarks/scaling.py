@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=("training", "rows", "start"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    turns.prepare()
     if args.measure:
         return child(args)
 

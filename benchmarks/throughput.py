@@ -212,6 +212,7 @@ def main() -> None:
     )
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    turns.prepare()
     if args.measure:
         return child(args)
 

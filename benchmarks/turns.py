@@ -5,9 +5,11 @@ ready and then does one piece of work whenever it is asked, an epoch for example
 """
 
 import argparse
+import atexit
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,12 +20,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}  # before they are imported
-if "HF_DATASETS_CACHE" not in os.environ:  # the parent's and its children's, gone when it ends
-    CACHE = tempfile.TemporaryDirectory(prefix="benchmark-")
-    os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 from errors import UserError
+
+
+def prepare() -> None:
+    """Before libraries are imported: no progress bars, and a cache of datasets that is gone when the parent ends."""
+    os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    if "HF_DATASETS_CACHE" not in os.environ:
+        os.environ["HF_DATASETS_CACHE"] = folder = tempfile.mkdtemp(prefix="benchmark-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
 
 # ---- in the child ---------------------------------------------------------------------------------------------------
 
