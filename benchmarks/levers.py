@@ -218,10 +218,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=turns.positive, default=64, help="images a step [64]")
     parser.add_argument("--rounds", type=turns.positive, default=5, help="turns of each that count [5]")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn at train.py's rate [4]")
-    parser.add_argument(
-        "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
-    )
-    parser.add_argument("--output", type=turns.output, default=Path("levers"), help="name of the .json [levers]")
+    turns.add_options(parser, "levers")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     turns.prepare()

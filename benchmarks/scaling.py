@@ -225,12 +225,7 @@ def main() -> None:
         help="embedded rows to stream",
     )
     parser.add_argument("--rounds", type=turns.positive, default=3, help="turns of each that count [3]")
-    parser.add_argument(
-        "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
-    )
-    parser.add_argument(
-        "--output", type=turns.output, default=Path("scaling"), help="name of the .json and .png [scaling]"
-    )
+    turns.add_options(parser, "scaling")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--measure", choices=("training", "rows", "start"), help=argparse.SUPPRESS)
     args = parser.parse_args()

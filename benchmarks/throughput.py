@@ -202,14 +202,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=turns.positive, default=5, help="turns of each variant that count [5]")
     parser.add_argument("--seconds", type=float, default=8.0, help="length of a turn at the limit's rate [8]")
     parser.add_argument(
-        "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
-    )
-    parser.add_argument(
         "--eager", action="store_true", help="do not let the limit try torch.compile, which takes minutes"
     )
-    parser.add_argument(
-        "--output", type=turns.output, default=Path("throughput"), help="name of the .json and .png [throughput]"
-    )
+    turns.add_options(parser, "throughput")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     turns.prepare()

@@ -140,9 +140,6 @@ def plot(rows: list[dict], judged: dict, device: str, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=turns.source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
-    )
-    parser.add_argument(
         "--rows", type=turns.positive, help="take the first ones only, of which a fifth is held out [all]"
     )
     parser.add_argument("--weights", type=Path, required=True, help="ResNet-50's, .safetensors")
@@ -151,12 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--most", type=turns.positive, default=50, help="epochs after which train.py gives up [50]")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--output",
-        type=turns.output,
-        default=Path("time_to_accuracy"),
-        help="name of the .json and .png [time_to_accuracy]",
-    )
+    turns.add_options(parser, "time_to_accuracy")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -145,6 +145,16 @@ def source(text: str) -> str:
     return text
 
 
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """--data, and --output with this default."""
+    parser.add_argument(
+        "--data", type=source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
+    )
+    parser.add_argument(
+        "--output", type=output, default=Path(name), help=f"name of what is written, without end [{name}]"
+    )
+
+
 # ---- what figures have to be told with ------------------------------------------------------------------------------
 
 

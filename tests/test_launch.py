@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -147,3 +148,13 @@ def test_a_gpus_peak_memory_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
     assert launch.peak_memory(SimpleNamespace(device=torch.device("cuda"))) == {"peak_memory_mb": 3}
     assert launch.peak_memory(SimpleNamespace(device=torch.device("cpu"))) == {}
+
+
+@pytest.mark.parametrize("precision, option", [("no", ""), ("bf16", "--mixed_precision bf16 ")])
+def test_the_way_on_names_the_precision(make_config, monkeypatch, precision, option):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    accelerator = launch.make_accelerator(make_config())
+    assert launch.precision_option(accelerator) == option
+    recorded = dataclasses.replace(launch.environment(accelerator), mixed_precision="fp16")
+    with pytest.raises(UserError, match=rf"mixed_precision fp16, not {precision}; .*--mixed_precision fp16"):
+        launch.check_same(recorded, accelerator)

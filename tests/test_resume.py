@@ -7,8 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, phase
+from conftest import ROOT, forget_accelerate, phase
 from test_train import untimed
 
 import checkpoint
@@ -20,11 +19,6 @@ PHASES = {
     "finetune": phase(modules="layer4,head", epochs=2, lr=1e-2, schedule="cosine"),
 }
 STEPS = 9  # an epoch's
-
-
-def fresh():
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def assert_same(run, whole):
@@ -75,7 +69,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
     keep = {"keep_mb": 0} if workers else {}  # or there would be nothing for them to do
     config = make_config(PHASES, data={"streaming": streaming, "workers": workers} | keep)
     whole = train.train(dataclasses.replace(config, run_name="whole"))
-    fresh()
+    forget_accelerate()
     with monkeypatch.context() as patch:
         stop_at(patch, number, **place)
         with pytest.raises(Interrupted, match=f"stopped by {number.name}; go on with: .* --resume .*/run") as caught:
@@ -88,16 +82,36 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
     assert int(epochs) == rows
     if "step" in place:
         assert int(steps) == place["step"], "the step in which the signal came was finished, and none after it"
-    fresh()
+    forget_accelerate()
     train.train(config, resume=run)
     assert_same(run, whole)
+
+
+def test_a_resumed_run_traces_a_whole_epoch_not_the_rest_of_one(make_config, monkeypatch):
+    config = make_config(PHASES)
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=STEPS - 5)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    real, traced = train.profiling.traced, []
+    monkeypatch.setattr(train.profiling, "traced", lambda steps, *rest: real(counted(steps), *rest))
+
+    def counted(steps):
+        traced.append(0)
+        for step in steps:
+            traced[-1] += 1
+            yield step
+
+    forget_accelerate()
+    train.train(dataclasses.replace(config, profile=1), resume=Path(config.output_dir) / "run")
+    assert traced == [STEPS, STEPS], "one epoch of each phase"
 
 
 def test_history_holds_no_epoch_twice_and_loses_none(make_config, monkeypatch):
     """An epoch that was written down, but is not in the checkpoint, is trained again and its line replaced."""
     config = make_config(PHASES)
     whole = train.train(dataclasses.replace(config, run_name="whole"))
-    fresh()
+    forget_accelerate()
     real_save = checkpoint.Checkpoints.save
 
     def dying_save(self, state, metrics):
@@ -113,7 +127,7 @@ def test_history_holds_no_epoch_twice_and_loses_none(make_config, monkeypatch):
     assert [row["epoch"] for row in untimed(run)] == [1, 2, 3]
     with (run / "history.jsonl").open("a") as file:
         file.write('{"phase": "finetu')  # and a line that the disk has half of
-    fresh()
+    forget_accelerate()
     train.train(config, resume=run)
     assert_same(run, whole)
 
@@ -126,7 +140,7 @@ def test_history_that_has_lost_epochs_is_an_error(make_config, monkeypatch):
             train.train(config)
     run = next(path for path in Path(config.output_dir).iterdir())
     (run / "history.jsonl").write_text("")
-    fresh()
+    forget_accelerate()
     with pytest.raises(UserError, match=r"history.jsonl holds 0 epochs, but 2 were finished"):
         train.train(config, resume=run)
 
@@ -137,7 +151,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(make
     run = whole.with_name("run")
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text((whole / "config.yaml").read_text())
-    fresh()
+    forget_accelerate()
     train.train(config, resume=run)
     assert_same(run, whole)
 
@@ -150,13 +164,13 @@ def test_a_resumed_run_needs_nothing_of_what_it_started_from(make_config, monkey
     changed["pretrained_cfg"]["mean"] = [0.11, 0.22, 0.33]
     described.write_text(json.dumps(changed))
     config = make_config(PHASES, model={"weights": str(first / "best")})
-    fresh()
+    forget_accelerate()
     with monkeypatch.context() as patch:
         stop_at(patch, signal.SIGTERM, step=3)
         with pytest.raises(Interrupted):
             train.train(config)
     (first / "best" / "model.safetensors").unlink()
-    fresh()
+    forget_accelerate()
     run = train.train(config, resume=first.with_name("run"))
     assert json.loads((run / "best" / "config.json").read_text())["pretrained_cfg"]["mean"] == [0.11, 0.22, 0.33]
 
@@ -170,7 +184,7 @@ def test_data_that_have_changed_are_told(make_config, monkeypatch, image_rows, t
         with pytest.raises(Interrupted):
             train.train(config)
     image_rows(190).to_parquet(tmp_path / "data" / "train.parquet")
-    fresh()
+    forget_accelerate()
     with pytest.raises(UserError, match=r"data have changed: training rows was \d+, and is \d+"):
         train.train(config, resume=tmp_path / "runs" / "run")
 
@@ -180,13 +194,13 @@ def test_a_phase_that_diverges_goes_on_from_the_one_before_at_a_lower_rate(make_
     finetune = PHASES["finetune"]
     config = make_config(PHASES)
     whole = train.train(dataclasses.replace(config, run_name="whole"))
-    fresh()
+    forget_accelerate()
     run = whole.with_name("run")
     way_on = rf"--resume {run} --clip_norm 1, or with a lower lr for this phase"
     with pytest.raises(UserError, match=rf"the loss is not finite in phase finetune, epoch 3, step \d: .*{way_on}"):
         train.train(make_config(PHASES | {"finetune": finetune | {"lr": 1e9, "optimizer": "sgd"}}))
     assert checkpoint._folders(run)[-1].name.startswith("00002-"), "of the end of the phase before"
-    fresh()
+    forget_accelerate()
     train.train(config, resume=run)
     assert_same(run, whole)
 
@@ -194,7 +208,7 @@ def test_a_phase_that_diverges_goes_on_from_the_one_before_at_a_lower_rate(make_
 def test_a_finished_run_is_not_resumed(make_config):
     run = train.train(make_config({"only": phase()}))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
-    fresh()
+    forget_accelerate()
     with pytest.raises(UserError, match="is finished"):
         train.train(make_config({"only": phase()}), resume=run)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}

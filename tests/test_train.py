@@ -203,7 +203,8 @@ def test_a_misspelt_module_is_told_before_anything_is_trained(make_config, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_fewer_rows_than_a_batch(make_config):
+def test_fewer_rows_than_a_batch(make_config, monkeypatch):
+    monkeypatch.setattr(train.models, "create", lambda *_: pytest.fail("told too late: a model is being made"))
     refused(make_config(data={"batch_size": 4096}), "fewer rows than data.batch_size 4096")
 
 
