@@ -52,6 +52,15 @@ def _whole_or_auto(value):
     raise ValueError("should be a whole number from 1, or auto")
 
 
+def hub_id(text: str) -> str:
+    """A repository's id on the hub as it was given; ValueError if it can't be one."""
+    parts = text.split("/")
+    plain_names = all(re.fullmatch(r"\w([\w.-]{0,94}\w)?", part, re.ASCII) for part in parts)
+    if len(parts) != 2 or not plain_names or "--" in text or ".." in text or text.endswith(".git"):
+        raise ValueError("should be NAME/MODEL (letters, digits, _ . - inside, but not -- or ..; no .git)")
+    return text
+
+
 MicroBatchSize = Annotated[int | Literal["auto"] | None, PlainValidator(_whole_or_auto)]
 ModuleNames = Annotated[tuple[str, ...], BeforeValidator(_split_commas), Field(min_length=1)]
 PhaseName = Annotated[str, Field(pattern=r"^[\w-]+$")]  # becomes part of options, and a cell of reports
@@ -261,7 +270,17 @@ class Config(_Section):
         "wandb",
         description="where figures go beside history.jsonl; wandb goes offline by itself without key or network",
     )
+    push_to_hub: str | None = Field(
+        None,
+        description="after training, upload best/ with its model card to this repository on the hub, NAME/MODEL; one "
+        "that is not there yet is made, and public unless your account says otherwise; null: upload nothing",
+    )
     environment: Environment | None = None
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _on_the_hub(cls, value):
+        return value if value is None else hub_id(value)
 
     def runs_folder(self) -> Path:
         """`output_dir` as a path, which need not exist yet.
@@ -379,7 +398,7 @@ def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
         UserError: an option or value that does not exist (the nearest valid one is named) or is out of range.
     """
     argv = sys.argv[1:] if argv is None else argv
-    first = _QuietParser(add_help=False, allow_abbrev=False)
+    first = QuietParser(add_help=False, allow_abbrev=False)
     for name in ("--config", "--run_name", "--output_dir"):
         first.add_argument(name)
     first.add_argument("--resume", nargs="?", const="")
@@ -394,9 +413,14 @@ def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
 
     overrides = vars(_parser(tree, path).parse_args(argv))
     overrides.pop("config", None), overrides.pop("resume", None)
+    return overridden(tree, overrides, path), run
+
+
+def overridden(tree: dict, overrides: dict[str, str], path: Path) -> Config:
+    """The tree of a file with single values replaced (`{"phases.finetune.lr": "3e-5"}`), checked."""
     for dotted, text in overrides.items():
         _set(tree, dotted, text)
-    return check(tree, f"{path} and command line" if overrides else str(path)), run
+    return check(tree, f"{path} and command line" if overrides else str(path))
 
 
 def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
@@ -424,25 +448,29 @@ def _recipe_name(path: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-")[:100] or "run"
 
 
-class _QuietParser(argparse.ArgumentParser):
+class QuietParser(argparse.ArgumentParser):
+    """Its errors are `UserError`s, of one line."""
+
     def error(self, message):
         raise UserError(message, USAGE)
 
 
-class _Parser(_QuietParser):
+class Parser(QuietParser):
+    """An option that does not exist is answered with the nearest that does."""
+
     def parse_args(self, argv):
         values, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             name = unknown[0].split("=")[0]
-            hint = _nearest(name, known) or "see python train.py --help"
+            hint = _nearest(name, known) or f"see python {self.prog} --help"
             raise UserError(f"there is no option {name}; {hint}", USAGE)
         return values
 
 
-def _parser(tree: dict, path: Path) -> _Parser:
+def _parser(tree: dict, path: Path) -> Parser:
     """An option for each field, and for each field of each phase that the recipe names."""
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         usage="accelerate launch train.py [--config FILE] [--OPTION VALUE ...]",
         allow_abbrev=False,
@@ -473,6 +501,15 @@ def _parser(tree: dict, path: Path) -> _Parser:
     for name, values in (phases if isinstance(phases, dict) else {}).items():
         _add_group(parser, f"phase '{name}'", f"phases.{name}.", PhaseConfig, values)
     return parser
+
+
+def add_data_options(parser: Parser, names: tuple[str, ...], title: str, about: str) -> None:
+    """Options for some fields of the data section, which have no value unless they are given."""
+    group = parser.add_argument_group(title, about)
+    for name in names:
+        field = DataConfig.__pydantic_fields__[name]
+        metavar, text = _metavar(field.annotation), field.description.replace("%", "%%")
+        group.add_argument(f"--data.{name}", default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def _add_group(parser, title, prefix, cls, values):

@@ -53,6 +53,7 @@ class Data:
     test: Dataset | IterableDataset | None
     image: str  # column
     label: str  # column
+    class_labels: Dataset | IterableDataset  # the training split's columns of that type alone
     class_names: list[str]
     size: tuple[int, int]  # height and width in pixels of the first training image
 
@@ -69,6 +70,7 @@ def load(config: DataConfig) -> Data:
     if train.features is None:  # a stream of parquet without metadata: read from its first rows
         train = train._resolve_features()
     image, label = _columns(train.features, config)
+    class_labels = train.select_columns([name for name, kind in train.features.items() if isinstance(kind, ClassLabel)])
 
     train, classes = _with_classes(_encoded(train, image, label, config.train_split), label, config)
     if test is not None:
@@ -81,17 +83,17 @@ def load(config: DataConfig) -> Data:
     if isinstance(train, Dataset):
         _check_classes(train, test, label, classes, config)
         train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
-    size = _first_size(train, image, config)
+    size = first_size(train, image, config)
     training, validation = hold_out(train, image, config.folds, config.fold)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
         if isinstance(rows, Dataset) and not len(rows):
             raise UserError(
                 f"{config.source}: no {name} rows (of {len(train)}, fold {config.fold} of {config.folds} validates)"
             )
-    return Data(training, validation, test, image, label, classes, size)
+    return Data(training, validation, test, image, label, class_labels, classes, size)
 
 
-def _first_size(train, image: str, config: DataConfig) -> tuple[int, int]:
+def first_size(train, image: str, config: DataConfig) -> tuple[int, int]:
     """Height and width of the first image; of the first that can be decoded, where others are skipped."""
     row = None
     try:
@@ -313,6 +315,26 @@ def _check_classes(train: Dataset, test: Dataset | None, label: str, names: list
                 f"data.test_split: '{config.test_split}' has rows of {', '.join(new[:5])}{more}, of which "
                 f"'{config.train_split}' has none; add some, or --data.test_split null"
             )
+
+
+def superclasses(data: Data) -> dict[str, str] | None:
+    """Each class's superclass, by name, if the data have a second, coarser label, as CIFAR-100 has; None otherwise.
+
+    Of a stream, so many rows are read that each class was seen once.
+    """
+    features = data.class_labels.features
+    coarser = {name: kind.num_classes for name, kind in features.items() if kind.num_classes < len(data.class_names)}
+    if data.label not in features or not coarser:
+        return None
+    column, found = max(coarser, key=coarser.get), {}
+    for rows in data.class_labels.iter(1000):
+        for label, above in zip(rows[data.label], rows[column], strict=True):
+            if found.setdefault(label, above) != above:
+                return None  # a label of another kind: it splits classes
+        if isinstance(data.class_labels, IterableDataset) and len(found) == len(data.class_names):
+            break
+    named = {label: above for label, above in found.items() if None not in (label, above) and min(label, above) >= 0}
+    return {data.class_names[label]: features[column].names[above] for label, above in named.items()}
 
 
 def _classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
@@ -574,6 +596,18 @@ def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: in
         worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
         collate_fn=_as_it_is if kept else _collate(data, split, config),
+    )
+
+
+def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataLoader:
+    """A loader of a data set in its order; without `collate` it is fetched by batches, as `Pixels`."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=_workers(config),
+        worker_init_fn=_outlive_signals,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate or _as_it_is,
     )
 
 

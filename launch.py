@@ -14,13 +14,14 @@ from config import Config, Environment
 from errors import USAGE, UserError
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """The Accelerator of this run: precision, devices and processes are as `accelerate launch` says.
+def make_accelerator(config: Config, precision: str | None = None) -> Accelerator:
+    """The Accelerator of this run: devices and processes, and precision if not given, are as `accelerate launch` says.
 
     Raises:
         UserError: a launch that would train something else than it says.
     """
     accelerator = Accelerator(
+        mixed_precision=precision,
         log_with="wandb" if config.tracking == "wandb" else None,
         # The loop cuts each batch into equal pieces itself, so an epoch's end needs no special treatment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
@@ -43,6 +44,14 @@ def make_accelerator(config: Config) -> Accelerator:
     if accelerator.device.type == "cpu":
         _keep_memory()
     return accelerator
+
+
+def precision_of_training(config: Config) -> str | None:
+    """The precision that a run was trained in, for a command started without a launcher; None if one has its say."""
+    recorded = config.environment.mixed_precision if config.environment else "no"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or (recorded == "fp16" and not torch.cuda.is_available()):
+        return None
+    return recorded
 
 
 def precision_option(accelerator: Accelerator) -> str:

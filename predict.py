@@ -1,79 +1,337 @@
-"""Judge a finished run: its best weights on a split of its data.
+"""Judge a run by its best weights, or let it name what is on other images.
 
-    python predict.py runs/NAME                        # the test split
-    python predict.py runs/NAME --split validation     # the rows that were held out of training
-    accelerate launch predict.py runs/NAME             # with Accelerate's precision and processes, as in training
+    python predict.py runs/NAME                                # the test split
+    python predict.py runs/NAME --split validation             # the rows that were held out of training
+    python predict.py runs/NAME --data.source ~/other          # other labelled images of the same classes
+    python predict.py runs/NAME --images ~/photos              # a folder of images without labels
+    python predict.py runs/NAME --robustness                   # 19 corruptions x 5 severities, made from the test split
+    python predict.py runs/NAME --cifar100c ~/CIFAR-100-C      # the published ones
+    python predict.py runs/NAME --ood ~/distorted              # the course's submission.csv
+    python predict.py runs/NAME --push_to_hub USER/MODEL       # judge nothing: upload best/
+    accelerate launch --mixed_precision bf16 predict.py ...    # precision and processes as in training
 
-Prints loss, top-1 and top-5 and writes them to runs/NAME/predictions/SPLIT.json. The normalisation and the image size
-are those of the training, read from the run.
+What is found is printed and written to runs/NAME/predictions/: figures as JSON, predictions as CSV, and small pictures
+of the most confident mistakes. Image size and normalisation are those of the training, read from the run.
 """
 
 import argparse
-import dataclasses
+import re
 from pathlib import Path
 
 import hub
-from config import Config, check, read_yaml
+from config import Config, Parser, add_data_options, overridden, read_yaml
 from errors import USAGE, UserError, told
 
+DATA_OPTIONS = ("source", "train_split", "test_split", "image", "label", "streaming", "on_corrupt", "workers")
+DATA_OPTIONS += ("batch_size", "micro_batch_size")
 
-def parse() -> tuple[argparse.Namespace, Config]:
-    """The command line and the run's configuration; UserError if the folder is no finished run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """The command line, and the run's configuration with the data that it asks for.
+
+    Raises:
+        UserError: the folder is no run with trained weights, or options do not exist, fit each other or make sense.
+    """
+    parser = Parser(
+        prog="predict.py",
+        usage="python predict.py RUN [--OPTION VALUE ...]",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, with best/ and config.yaml")
-    parser.add_argument("--split", choices=("test", "validation"), default="test", help="rows to judge it on [test]")
-    args = parser.parse_args()
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, finished or not, with best/ and config.yaml")
+    group = parser.add_argument_group("what to predict", "one of these; without any, --split test")
+    what = group.add_mutually_exclusive_group()
+    what.add_argument("--split", choices=("test", "validation"), help="a split of the run's data")
+    what.add_argument("--images", type=Path, metavar="DIR", help="image files without labels, subfolders included")
+    what.add_argument(
+        "--robustness",
+        action="store_true",
+        help="the test split under the 19 corruptions of Hendrycks & Dietterich (2019), made here: not comparable with "
+        "figures on the published files",
+    )
+    what.add_argument(
+        "--cifar100c",
+        type=Path,
+        metavar="DIR",
+        help="the official CIFAR-100-C: 19 .npy files named after their corruptions, and labels.npy",
+    )
+    what.add_argument(
+        "--ood",
+        type=Path,
+        metavar="DIR",
+        help="the course's distortion00.npy to distortion18.npy: writes a submission of 950,000 rows",
+    )
+    what.add_argument("--push_to_hub", metavar="ID", help="upload best/ with its model card as USER/MODEL")
+    parser.add_argument(
+        "--tta",
+        choices=("flips", "shifts"),
+        help="average the probabilities over views of each image: mirrored, or mirrored and moved by a sixteenth",
+    )
+    parser.add_argument(
+        "--limit", type=_positive, metavar="N", help="a quick look: only the first N images (of each severity)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="seed of --robustness's corruptions [0]")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the CSV goes [RUN/predictions/NAME.csv, submission.csv]"
+    )
+    about = "Other data than the run's own, or another way to read them. Without these: as the run has them."
+    add_data_options(parser, DATA_OPTIONS, "data", about)
+    args = parser.parse_args(argv)
+    if args.limit and (args.ood or args.push_to_hub):
+        raise UserError("--limit: a submission and an upload are whole or they are none", USAGE)
+    if args.output and (args.robustness or args.cifar100c or args.push_to_hub):
+        raise UserError("--output: it is for predictions, and only accuracies are written here", USAGE)
     for needed in ("config.yaml", "best/config.json", "best/model.safetensors"):
         if not (args.run / needed).is_file():
             raise UserError(f"{args.run} is not a run with trained weights: it has no {needed}", USAGE)
     path = args.run / "config.yaml"
-    config = check(read_yaml(path), str(path))
-    # The weights are the run's own: nothing else is wanted from the hub than, perhaps, the data.
-    model = dataclasses.replace(config.model, pretrained=False, weights=str(args.run / "best"))
-    return args, dataclasses.replace(config, model=model, tracking="none")
+    tree, overrides = read_yaml(path), {key: value for key, value in vars(args).items() if key.startswith("data.")}
+    return args, overridden(tree | {"tracking": "none"}, overrides, path)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _seed(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"should be a whole number from {least}, not {text}")
+    return int(text)
 
 
 if __name__ == "__main__":
     with told():
         ARGS, CONFIG = parse()  # before torch takes its seconds
-        hub.check(CONFIG)
+        if not (ARGS.images or ARGS.cifar100c or ARGS.ood or ARGS.push_to_hub):  # these need no data of the run
+            hub.check(CONFIG, ARGS.run)
 
+import dataclasses
 import json
+import os
 
-import timm
+import torch
+from accelerate import Accelerator
+from PIL import Image
 
-import augment
+import analysis
 import data
+import distorted
+import faults
 import launch
-import models  # registers the project's own networks with timm  # noqa: F401
-from engine import validate
+import sharing
+from checkpoint import write_whole
+from inference import Classifier, described
+from metrics import IGNORED, Classification
+from predictions import Mistakes, describe, describe_robustness, predictions_csv, whole_csv, writing
 
 
-def predict(run: Path, split: str, config: Config) -> dict[str, float]:
-    """Loss (nats), top-1 and top-5 (fractions) of a run's best weights on a split, also written to its predictions/."""
-    accelerator = launch.make_accelerator(config)
-    share, micro_batch_size = launch.share_of_batch(config, accelerator)
-    source = data.load(config.data)
-    if getattr(source, split) is None:
-        raise UserError(f"{run}: its data have no {split} split (data.test_split is null)", USAGE)
-    model = launch.in_its_layout(timm.create_model(f"local-dir:{run / 'best'}", pretrained=True), accelerator.device)
-    _, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    rows = accelerator.prepare(data.loader(source, split, config.data, share, config.seed))
-    result = validate(accelerator, model, rows, transform, micro_batch_size)
-    if accelerator.is_main_process:
-        path = run / "predictions" / f"{split}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    accelerator.print(
-        f"{run}, {split}: loss {result['loss']:.4f}, top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
-    )
+def predict(args: argparse.Namespace, config: Config) -> None:
+    """Do what the command line asks for; every process calls this, the main one writes.
+
+    Raises:
+        UserError: anything that the user can mend: a damaged run, data that are missing or of other classes.
+    """
+    # What can be told at once is told before anything is loaded.
+    classes = len(described(args.run)[0])
+    paths = image_files(args.images)[: args.limit] if args.images else None
+    files = distorted.course(args.ood, classes) if args.ood else None
+    files = distorted.cifar100c(args.cifar100c, classes, args.limit) if args.cifar100c else files
+
+    accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
+    folder = args.run / "predictions"
+    with launch.together(accelerator), writing(folder):
+        folder.mkdir(exist_ok=True)
+        if args.output and not args.output.absolute().parent.is_dir():
+            raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
+    model = Classifier(accelerator, config, args.run, args.tta)
+    with faults.told("then run predict.py again", accelerator, model.micro_batch_size):
+        if args.images:
+            images(args, accelerator, model, paths, folder)
+        elif args.ood:
+            submission(args, accelerator, model, files, folder)
+        elif args.robustness or args.cifar100c:
+            robustness(args, accelerator, model, files or _corrupted(args, model), folder)
+        else:
+            split(args, accelerator, model, folder)
     accelerator.end_training()
-    return result
+
+
+def upload(args: argparse.Namespace) -> None:
+    """Push best/ with its model card to the hub, by one process; UserError if it can't be done."""
+    if os.environ.get("RANK", "0") == "0":
+        sharing.check(args.push_to_hub)
+        print(f"uploaded: {sharing.push(args.run, args.push_to_hub)}")
+
+
+# ---- labelled images ------------------------------------------------------------------------------------------------
+
+
+def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier, folder: Path) -> None:
+    """A split's figures as NAME.json, its predictions as NAME.csv, and the mistakes' pictures."""
+    part = args.split or "test"
+    source, loader, ids = _opened(args, model, part)
+    name = _name(args, model.config, part)
+    target = args.output or folder / f"{name}.csv"
+    metrics, mistakes, labels, classes, confidence, seen = Classification(), Mistakes(), [], [], [], 0
+    with predictions_csv(accelerator, target, model.class_names) as write:
+        for batch in model(loader, ids and len(ids), part, source.class_names):
+            rows = range(seen, seen + len(batch.labels))
+            names = [str(ids[row] if ids else row) for row in rows]
+            write(names, batch)
+            mistakes.add(names, batch)
+            metrics.add(batch.losses, batch.classes, batch.labels)
+            counted = batch.labels != IGNORED
+            labels.append(batch.labels[counted])
+            classes.append(batch.classes[counted, 0])
+            confidence.append(batch.probabilities[counted, 0])
+            seen += len(batch.labels)
+    result = {"kind": "split", "name": name, "split": part} | _facts(args, model, accelerator, seen) | metrics.compute()
+    rows = (torch.cat(each).numpy() for each in (labels, classes, confidence))
+    result |= analysis.analyse(*rows, model.class_names, data.superclasses(source))
+    if accelerator.is_main_process:
+        with writing(folder):
+            result["mistakes"] = mistakes.write(folder, name, model.class_names)
+            write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    accelerator.print(f"{describe(result)}\nwritten: {folder}/{name}.json, {target}")
+
+
+def _opened(args: argparse.Namespace, model: Classifier, part: str):
+    """A split as (its data, a loader of its rows in their order, their numbers or None for a stream)."""
+    config = model.config.data
+    if config.streams:
+        config = dataclasses.replace(
+            config, workers=min(1, data.default_workers() if config.workers is None else config.workers)
+        )
+    source = data.load(config)
+    rows = getattr(source, part)
+    if rows is None:
+        raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
+    if args.limit:
+        rows = rows.take(args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
+    loader = data.loader(dataclasses.replace(source, **{part: rows}), part, config, model.batch_size, seed=0)
+    return source, loader, None if config.streams else list(rows[data.ROW])
+
+
+def _name(args: argparse.Namespace, config: Config, part: str) -> str:
+    """What a split's files are called: after the split, and after the data if they are not the run's own."""
+    own = read_yaml(args.run / "config.yaml").get("data", {})
+    name = part
+    if part == "test" and config.data.test_split != own.get("test_split"):
+        name = _plain_name(config.data.test_split)
+    if config.data.source != own.get("source"):
+        name = f"{_plain_name(config.data.source)}-{name}"
+    return name + _suffix(args)
+
+
+# ---- images without labels ------------------------------------------------------------------------------------------
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All files below a folder that have an image's name, sorted; UserError if there are none."""
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    if not folder.is_dir():
+        raise UserError(f"--images: there is no folder {folder}", USAGE)
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and path.is_file()]
+    if not paths:
+        raise UserError(f"--images: {folder} holds no image files", USAGE)
+    return paths
+
+
+def images(
+    args: argparse.Namespace, accelerator: Accelerator, model: Classifier, paths: list[Path], folder: Path
+) -> None:
+    """Predictions for image files as CSV; an image's id is its path below --images."""
+    rows = [{"image": {"bytes": None, "path": str(path)}, "label": 0} for path in paths]
+    config = dataclasses.replace(model.config.data, source=str(args.images))
+    skip = config.on_corrupt == "skip"
+    collate = data.Collate("image", "label", 1, data.first_size(rows, "image", config), config.image_size, skip=skip)
+    loader = data.batches(rows, config, model.batch_size, collate)
+    target, seen = args.output or folder / f"images-{_plain_name(args.images)}{_suffix(args)}.csv", 0
+    with predictions_csv(accelerator, target, model.class_names) as write:
+        for batch in model(loader, len(rows), "images", model.class_names[:1]):
+            ids = [path.relative_to(args.images).as_posix() for path in paths[seen : seen + len(batch.labels)]]
+            write(ids, batch)
+            seen += len(batch.labels)
+    accelerator.print(f"written: {target} ({seen:,} images)")
+
+
+# ---- distorted images -----------------------------------------------------------------------------------------------
+
+
+def submission(
+    args: argparse.Namespace, accelerator: Accelerator, model: Classifier, files: distorted.Files, folder: Path
+) -> None:
+    """The course's submission: `id,label` for each row of its 19 files, in their order."""
+    target, seen = args.output or folder / f"submission{_suffix(args)}.csv", 0
+    loader = data.batches(files, model.config.data, model.batch_size)
+    with whole_csv(accelerator, target, ("id", "label")) as write:
+        for batch in model(loader, len(files), "submission", model.class_names):
+            ids = map(distorted.course_id, range(seen, seen + len(batch.labels)))
+            write(zip(ids, batch.classes[:, 0].tolist(), strict=True))
+            seen += len(batch.labels)
+    accelerator.print(f"written: {target} ({seen:,} rows)")
+
+
+def _corrupted(args: argparse.Namespace, model: Classifier) -> distorted.Corrupted:
+    """The test split, decoded once, under all corruptions."""
+    source, loader, _ = _opened(args, model, "test")
+    batches = list(loader)
+    pixels = torch.cat([batch["image"] for batch in batches]).permute(0, 2, 3, 1).numpy()
+    labels = model.labels_of(source.class_names)[torch.cat([batch["label"] for batch in batches])].numpy()
+    return distorted.Corrupted(pixels[labels != IGNORED], labels[labels != IGNORED], args.seed)
+
+
+def robustness(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: Classifier,
+    images: distorted.Corrupted | distorted.Files,
+    folder: Path,
+) -> None:
+    """Accuracy under each corruption at each severity, and its means, as robustness.json or cifar100c.json."""
+    loader = data.batches(images, model.config.data, model.batch_size)
+    kind = "cifar100c" if args.cifar100c else "robustness"
+    predicted = model(loader, len(images), kind, model.class_names)
+    found = distorted.table(torch.cat([batch.classes[:, 0] == batch.labels for batch in predicted]).numpy())
+    name = kind + _suffix(args)
+    result = {"kind": kind, "name": name} | _facts(args, model, accelerator, len(images) // distorted.CELLS)
+    if args.cifar100c:
+        result |= {"source": str(args.cifar100c), "note": "The published files of CIFAR-100-C."}
+    else:
+        note = f"Made here from the test split, seed {args.seed}: not comparable with figures on the published files."
+        result |= {"seed": args.seed, "note": note}
+    result |= found
+    if accelerator.is_main_process:
+        with writing(folder):
+            write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    accelerator.print(f"{describe_robustness(result)}\nwritten: {folder}/{name}.json")
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def _facts(args: argparse.Namespace, model: Classifier, accelerator: Accelerator, rows: int) -> dict:
+    facts = {"source": model.config.data.source, "rows": rows, "limit": args.limit, "tta": args.tta}
+    return facts | {"precision": accelerator.mixed_precision}
+
+
+def _suffix(args: argparse.Namespace) -> str:
+    """What keeps quick looks and averaged views from replacing the plain figures."""
+    return (f"-{args.tta}" if args.tta else "") + (f"-limit{args.limit}" if args.limit else "")
+
+
+def _plain_name(path: str | Path) -> str:
+    return re.sub(r"[^\w.-]+", "-", Path(path).expanduser().absolute().name).strip(".-")[:60] or "data"
 
 
 if __name__ == "__main__":
     with told():
-        predict(ARGS.run, ARGS.split, CONFIG)
+        if ARGS.push_to_hub:
+            upload(ARGS)
+        else:
+            predict(ARGS, CONFIG)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 import launch
+import sharing
 from checkpoint import write_whole
 from config import Config, check, read_yaml
 from errors import USAGE, UserError
@@ -27,6 +28,7 @@ FREE = (
     "data.workers",
     "output_dir",
     "profile",
+    "push_to_hub",
     "run_name",
     "tracking",
 )
@@ -70,10 +72,9 @@ def _make(run: Path, config: Config, environment) -> None:
     unfinished = run.with_name(f".{run.name}.{os.getpid()}")
     try:
         (unfinished / "checkpoints").mkdir(parents=True)
-        # Recorded without its name, so that the same configuration can be run again as it is.
         settled = dataclasses.replace(config.data, streaming=config.data.streams)
-        config = dataclasses.replace(config, data=settled, run_name=None, environment=environment)
-        write_whole(unfinished / "config.yaml", config.to_yaml())
+        config = dataclasses.replace(config, data=settled, environment=environment)
+        write_whole(unfinished / "config.yaml", _to_run_again(config))
         os.rename(unfinished, run)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -130,10 +131,12 @@ def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: i
                 "out, or start a new run",
                 USAGE,
             )
-        if field not in ("output_dir", "run_name"):
+        if field not in ("output_dir", "push_to_hub", "run_name"):
             notes.append(f"{field} changes from {json.dumps(was)} to {json.dumps(now)}")
     for note in notes:
         accelerator.print(f"resumed: {note}")
+    if accelerator.is_main_process:
+        sharing.card_of(run).unlink(missing_ok=True)  # of an earlier end: best/ may change now
     return record(accelerator, config, run)
 
 
@@ -141,8 +144,13 @@ def record(accelerator: Accelerator, config: Config, run: Path, **settled) -> Co
     """Write the configuration into the run folder; `settled` replaces values of its data section."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **settled))
     if accelerator.is_main_process:
-        write_whole(run / "config.yaml", dataclasses.replace(config, run_name=None).to_yaml())
+        write_whole(run / "config.yaml", _to_run_again(config))
     return config
+
+
+def _to_run_again(config: Config) -> str:
+    """The configuration as it is recorded: run as it is, it makes another folder and uploads nothing."""
+    return dataclasses.replace(config, run_name=None, push_to_hub=None).to_yaml()
 
 
 def _flat(tree: dict, prefix: str = "") -> dict:

@@ -37,6 +37,7 @@ import launch
 import models
 import profiling
 import runs
+import sharing
 from engine import train_epoch, unwrap, validate
 from interrupt import Interrupt
 from metrics import Classification
@@ -55,6 +56,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
         Interrupted: a signal came; everything up to its step is in a checkpoint.
     """
     accelerator = launch.make_accelerator(config)
+    with launch.together(accelerator):
+        if config.push_to_hub and accelerator.is_main_process:
+            sharing.check(config.push_to_hub)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
         way_on = f"go on with: accelerate launch {launch.precision_option(accelerator)}train.py --resume {run}"
@@ -214,7 +218,12 @@ def train(config: Config, resume: Path | None = None) -> Path:
         summary |= {"epochs": state.epoch, "minutes": state.minutes}
         summary |= {"parameters": sum(parameter.numel() for parameter in model.parameters())}
         tracking.finish(summary)
+        if accelerator.is_main_process:
+            sharing.write_card(run)
         accelerator.print(describe_summary(summary, run))
+    # Here the run is whole, unlocked and told to the tracker, and no other process waits for the upload's end.
+    if config.push_to_hub and accelerator.is_main_process:
+        print(f"uploaded: {sharing.push(run, config.push_to_hub)}")
     return run
 
 

@@ -1,15 +1,19 @@
-"""A small server that speaks as much of the hub's HTTP as `datasets` and `timm` use to read a repository.
+"""A small server that speaks as much of the hub's HTTP as its clients use to read a repository, and to make one.
 
 It serves folders: `HubServer({"datasets/uoft-cs/cifar100": folder, "models/timm/resnet50.a1_in1k": folder})`. Only what
-the clients ask for is here: repository info, tree, paths-info, and files by revision with ETag and byte ranges.
+the clients ask for is here: repository info, tree, paths-info, and files by revision with ETag and byte ranges. For
+uploads: who a token belongs to, new model repositories, LFS objects (of .safetensors; to a signed address, as the hub
+has it) and commits, which are whole or not made. Not here: xet, so that clients need HF_HUB_DISABLE_XET.
 
 And it fails, on demand: `faults` are handed out to the questions that a stream asks: for what a data set's repository
 holds, and for ranges of its files.
 """
 
+import base64
 import hashlib
 import json
 import re
+import secrets
 import socket
 import struct
 import threading
@@ -17,6 +21,8 @@ from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
+
+import yaml
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FAULTS = ("429", "500", "503", "reset", "truncated", "stall", "short")
@@ -28,10 +34,22 @@ class HubServer:
     Args:
         faults: one of `FAULTS`, or None for a proper answer, for each of these requests in turn; when they are used up,
             all goes well. `served` lists those that were met.
+        store: a folder for repositories that are made: those of `user`, whose token is `token`.
     """
 
-    def __init__(self, repositories: dict[str, Path], faults: Iterable[str | None] = ()):
+    def __init__(
+        self,
+        repositories: dict[str, Path],
+        faults: Iterable[str | None] = (),
+        store: Path | None = None,
+        token: str = "",
+    ):
         self.repositories = repositories
+        self.store, self.token, self.role = store, token, "write"
+        self.broken = ""  # a pattern of paths that are answered with 500
+        self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
+        self.signature = secrets.token_hex()  # of the addresses that they are sent to
+        self.commits: list[list[str]] = []  # the paths in each
         self.faults, self.served = iter(faults), []
         self.requests: list[tuple[str, str]] = []
         self.limit = {"Retry-After": "1"}  # headers that come with a 429
@@ -78,6 +96,9 @@ def _handler_for(hub: HubServer):
         def do_POST(self):
             self._answer()
 
+        def do_PUT(self):
+            self._answer()
+
         def _answer(self):
             if hub.gone:
                 self.close_connection = True
@@ -86,7 +107,15 @@ def _handler_for(hub: HubServer):
             url = urlparse(self.path)
             path, query = unquote(url.path), parse_qs(url.query)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(/.*)?", path):
+            if hub.broken and re.search(hub.broken, path):
+                self._send(500, b"")
+            elif path.startswith("/lfs/"):
+                self._object(path.removeprefix("/lfs/"), query, body)
+            elif path in ("/api/whoami-v2", "/api/repos/create", "/api/validate-yaml") or (
+                self.command == "POST" and re.search(r"/(preupload|commit)/main$|\.git/info/lfs/", path)
+            ):
+                self._write(path, body)
+            elif match := re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+?)(/.*)?", path):
                 self._api(f"{match[1]}/{match[2]}", match[3] or "", query, body)
             elif match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
                 self._file(f"{'datasets' if match[1] else 'models'}/{match[2]}", match[3])
@@ -131,6 +160,97 @@ def _handler_for(hub: HubServer):
             }
             return self._json(info)
 
+        def _write(self, path, body):
+            """What only the owner of the token may."""
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self._json({"error": "Invalid username or password."}, 401)
+            if path == "/api/whoami-v2":
+                access = {"displayName": "a token", "role": hub.role}
+                return self._json({"type": "user", "name": "user", "orgs": [], "auth": {"accessToken": access}})
+            if hub.role == "read":
+                return self._json({"error": "This token may only read."}, 403)
+            if path == "/api/validate-yaml":
+                return self._validate(json.loads(body)["content"])
+            if path == "/api/repos/create":
+                return self._create(json.loads(body))
+            match = re.fullmatch(
+                r"/(?:api/models/)?(user/[^/]+?)(/preupload/main|/commit/main|\.git/info/lfs/.+)", path
+            )
+            if not match:
+                return self._json({"error": "This token may not write here."}, 403)
+            if f"models/{match[1]}" not in hub.repositories:
+                return self._send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"})
+            if match[2] == "/commit/main":
+                return self._commit(match[1], [json.loads(line) for line in body.splitlines()])
+            asked = json.loads(body)
+            if match[2] == "/preupload/main":
+                modes = {True: "lfs", False: "regular"}
+                files = [
+                    {
+                        "path": it["path"],
+                        "uploadMode": modes[it["path"].endswith(".safetensors")],
+                        "shouldIgnore": False,
+                    }
+                    for it in asked["files"]
+                ]
+                return self._json({"files": files})
+            if match[2].endswith("/objects/batch"):
+                verify = {"href": f"{hub.url}/{match[1]}.git/info/lfs/verify"}
+                objects = [dict(it) for it in asked["objects"]]
+                for it in objects:
+                    if it["oid"] not in hub.objects:
+                        upload = {"href": f"{hub.url}/lfs/{it['oid']}?signature={hub.signature}"}
+                        it["actions"] = {"upload": upload, "verify": verify}
+                return self._json({"transfer": "basic", "objects": objects})
+            whole = len(hub.objects.get(asked["oid"], b"")) == asked["size"]
+            return self._json({} if whole else {"error": "There is no such object."}, 200 if whole else 404)
+
+        def _validate(self, card):
+            head = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+            try:
+                valid = bool(head) and isinstance(yaml.safe_load(head[1]), dict)
+            except yaml.YAMLError:
+                valid = False
+            errors = [] if valid else [{"message": "the card has no valid head"}]
+            return self._json({"errors": errors, "warnings": []}, 200 if valid else 400)
+
+        def _create(self, asked):
+            repository = f"{asked['organization'] or 'user'}/{asked['name']}"
+            if not repository.startswith("user/") or asked.get("type", "model") != "model":
+                return self._json({"error": f"You may not create {repository}."}, 403)
+            exists = f"models/{repository}" in hub.repositories
+            if not exists:
+                folder = hub.store / asked["name"]
+                folder.mkdir()
+                hub.repositories[f"models/{repository}"] = folder
+            said = {"error": "You already created this model repo."} if exists else {}
+            return self._json(said | {"url": f"{hub.url}/{repository}"}, 409 if exists else 200)
+
+        def _object(self, oid, query, content):
+            """An LFS object, from whoever knows the signed address."""
+            if query.get("signature") != [hub.signature]:
+                return self._send(403, b"")
+            if hashlib.sha256(content).hexdigest() != oid:
+                return self._send(400, b"")
+            hub.objects[oid] = content
+            return self._send(200, b"")
+
+        def _commit(self, repository, lines):
+            files = {}
+            for line in lines[1:]:  # the first is the message
+                value = line["value"]
+                if line["key"] == "lfsFile" and value["oid"] in hub.objects:
+                    files[value["path"]] = hub.objects[value["oid"]]
+                elif line["key"] == "file" and value["encoding"] == "base64":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                else:
+                    return self._json({"error": f"{line['key']} is not understood here."}, 400)
+            for name, content in files.items():
+                (hub.repositories[f"models/{repository}"] / name).write_bytes(content)
+            hub.commits.append(sorted(files))
+            url = f"{hub.url}/{repository}/commit/{COMMIT}"
+            return self._json({"success": True, "commitOid": COMMIT, "commitUrl": url})
+
         def _file(self, repository, name):
             path = hub.files(repository).get(name) if repository in hub.repositories else None
             headers = {"X-Repo-Commit": COMMIT}
@@ -145,8 +265,9 @@ def _handler_for(hub: HubServer):
                 content, status = content[first : last + 1], 206
             self._send(status, content, headers)
 
-        def _json(self, value):
-            self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", "X-Repo-Commit": COMMIT})
+        def _json(self, value, status=200):
+            headers = {"Content-Type": "application/json", "X-Repo-Commit": COMMIT}
+            self._send(status, json.dumps(value).encode(), headers)
 
         def _send(self, status, content, headers=None):
             streams = self.command == "GET" and (status == 206 or "/api/datasets/" in self.path)

@@ -1,14 +1,58 @@
+import csv
+import io
 import json
+import shutil
 
+import datasets
+import numpy as np
 import pytest
-from conftest import phase
+import torch
+import yaml
+from conftest import forget_accelerate, phase
+from PIL import Image
+from test_launch import TORCHRUN, TWO_PROCESSES
 
+import corruptions
+import data
+import distorted
+import predict
 import train
+from config import DataConfig, check
+from errors import UserError
+
+ROWS = 3  # of each severity of the small .npy files
+
+
+@pytest.fixture(scope="module")
+def trained(parquet, tmp_path_factory):
+    """A short run, at 40 pixels from images of 32, which this module's tests copy."""
+    tree = {
+        "model": {"name": "test_resnet"},
+        "data": {"source": str(parquet), "batch_size": 32, "workers": 0, "image_size": 40},
+        "phases": {"only": phase(epochs=4, lr=0.01)},
+        "output_dir": str(tmp_path_factory.mktemp("trained")),
+        "run_name": "run",
+        "tracking": "none",
+    }
+    return train.train(check(tree, "test"))
 
 
 @pytest.fixture
-def run(make_config):
-    return train.train(make_config({"only": phase()}, data={"image_size": 40}))
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("predictions"))
+
+
+def judge(run, *options: str) -> None:
+    predict.predict(*predict.parse([str(run), *map(str, options)]))
+
+
+def figures(run, name: str = "test") -> dict:
+    return json.loads((run / "predictions" / f"{name}.json").read_text())
+
+
+def table(path) -> list[dict]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_its_figures_are_the_trainings(run, command):
@@ -16,13 +60,304 @@ def test_its_figures_are_the_trainings(run, command):
         result = command("predict.py", str(run), "--split", split)
         assert result.returncode == 0, result.stderr
     summary = json.loads((run / "summary.json").read_text())
-    tested, validated = (json.loads((run / "predictions" / f"{s}.json").read_text()) for s in ("test", "validation"))
     for key in ("loss", "top1", "top5"):
-        assert tested[key] == pytest.approx(summary[f"test_{key}"], rel=1e-5)
-    assert validated["top1"] == summary["best_val_top1"]
+        assert figures(run)[key] == pytest.approx(summary[f"test_{key}"], rel=1e-5)
+    assert figures(run, "validation")["top1"] == summary["best_val_top1"]
+
+
+# ---- labelled images ------------------------------------------------------------------------------------------------
+
+
+def test_json_csv_and_pictures_agree(run, parquet, capsys):
+    judge(run)
+    found, rows = figures(run), table(run / "predictions" / "test.csv")
+    source = data.load(DataConfig(source=str(parquet)))
+    labels = np.array(source.test["fine_label"])
+    assert [int(row["id"]) for row in rows] == list(range(len(labels)))
+    predicted = np.array([int(row["label"]) for row in rows])
+    assert (predicted == labels).mean() == found["top1"]
+    assert np.trace(np.array(found["confusion"])) == (predicted == labels).sum()
+    top5 = [list(map(int, row["top5"].split())) for row in rows]
+    assert np.mean([label in five for label, five in zip(labels, top5, strict=True)]) == pytest.approx(found["top5"])
+    assert all(row["name"] == source.class_names[five[0]] for row, five in zip(rows, top5, strict=True))
+    assert found["rows"] == 80 and found["precision"] == "no" and found["kind"] == "split"
+    above = found["superclasses"]["per_superclass"]
+    assert len(above) == 20 and sum(one["rows"] for one in above) == 80
+
+    wrong = sorted((float(row["probability"]) for row in np.array(rows)[predicted != labels]), reverse=True)[:24]
+    assert [one["probability"] for one in found["mistakes"]] == pytest.approx(wrong, abs=1e-6)
+    for mistake in found["mistakes"]:
+        row = source.test[int(mistake["id"])]
+        assert mistake["true"] == source.class_names[row["fine_label"]]
+        with Image.open(run / "predictions" / mistake["thumbnail"]) as shown:
+            assert np.array_equal(shown, np.asarray(data.decode(row["img"])))
+    said = capsys.readouterr().out
+    assert f"top-1 {found['top1']:.2%}" in said and "superclass" in said
+
+
+def test_a_validation_rows_id_is_its_row_in_the_training_split(run, parquet):
+    judge(run, "--split", "validation")
+    source = data.load(DataConfig(source=str(parquet)))
+    ids = [int(row["id"]) for row in table(run / "predictions" / "validation.csv")]
+    assert ids == list(source.validation[data.ROW])
+    assert ids != list(range(len(ids)))
+
+
+def test_a_stream_is_predicted_in_its_order(run):
+    judge(run)
+    mapped = table(run / "predictions" / "test.csv"), figures(run)
+    judge(run, "--data.streaming", "true")
+    assert table(run / "predictions" / "test.csv") == mapped[0]
+    assert figures(run) == mapped[1]
+
+
+def test_a_quick_look_keeps_the_whole_ones_figures(run):
+    judge(run)
+    whole = table(run / "predictions" / "test.csv")
+    for streamed in ("false", "true"):
+        judge(run, "--limit", "11", "--data.streaming", streamed)
+        assert table(run / "predictions" / "test-limit11.csv") == whole[:11]
+        assert figures(run, "test-limit11")["rows"] == 11
+    assert figures(run)["rows"] == 80
+
+
+def relabelled(parquet, folder, names, label):
+    """The test rows in a parquet file of other class names; `label` gives each row's new class."""
+    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(data.ROW)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    values = {"image": rows["img"], "label": [label(value) for value in rows["fine_label"]]}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(values, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def test_other_data_with_the_same_classes_in_another_order(run, parquet, tmp_path):
+    judge(run)
+    other = tmp_path / "other data"
+    other.mkdir()
+    names = data.load(DataConfig(source=str(parquet))).class_names
+    relabelled(parquet, other, names[::-1], lambda label: 99 - label)
+    judge(run, "--data.source", str(other), "--data.image", "image", "--data.label", "label")
+    one, two = figures(run), figures(run, "other-data-test")
+    for key in ("loss", "top1", "top5", "ece", "confusion", "per_class"):
+        assert one[key] == two[key], key
+    assert two["superclasses"] is None
+    assert two["source"] == str(other)
+
+
+def test_data_of_other_classes_are_refused(run, parquet, tmp_path):
+    relabelled(parquet, tmp_path, ["yes", "no"], lambda label: label % 2)
+    with pytest.raises(UserError, match="its classes yes, no are none of the 100 that this run was trained on"):
+        judge(run, "--data.source", str(tmp_path))
+
+
+def test_images_that_can_not_be_decoded_are_left_out(run, parquet, tmp_path):
+    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(data.ROW)
+    images = list(rows["img"])
+    images[3] = {"bytes": b"no image", "path": None}
+    broken = datasets.Dataset.from_dict({"img": images, "fine_label": rows["fine_label"]}, features=rows.features)
+    for split in ("train", "test"):
+        broken.to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(UserError, match="the image in row 3 of split 'test' can't be decoded"):
+        judge(run, "--data.source", str(tmp_path))
+    judge(run, "--data.source", str(tmp_path), "--data.on_corrupt", "skip")
+    name = f"{tmp_path.name}-test"
+    assert figures(run, name)["corrupt"] == 1
+    assert [int(row["id"]) for row in table(run / "predictions" / f"{name}.csv")] == [0, 1, 2, *range(4, 80)]
+
+
+def test_views_are_averaged(run, parquet):
+    judge(run)
+    judge(run, "--tta", "flips")
+    flipped = figures(run, "test-flips")
+    assert flipped["tta"] == "flips"
+    assert flipped["loss"] != figures(run)["loss"]
+    # Mirrored images have the same views, only in the other order.
+    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(data.ROW)
+    folder = run.parent / "mirrored"
+    folder.mkdir()
+    images = []
+    for row in rows:
+        file = io.BytesIO()
+        data.decode(row["img"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    mirrored = datasets.Dataset.from_dict({"img": images, "fine_label": rows["fine_label"]}, features=rows.features)
+    for split in ("train", "test"):
+        mirrored.to_parquet(folder / f"{split}.parquet")
+    judge(run, "--tta", "flips", "--data.source", str(folder))
+    assert figures(run, "mirrored-test-flips")["loss"] == pytest.approx(flipped["loss"], rel=1e-4)
+
+
+def test_two_processes_find_what_one_does(run, command):
+    judge(run)
+    alone = figures(run), table(run / "predictions" / "test.csv")
+    result = command("predict.py", str(run), launcher=TORCHRUN, env=TWO_PROCESSES)
+    assert result.returncode == 0, result.stderr[-3000:]
+    together = figures(run), table(run / "predictions" / "test.csv")
+    assert [row["id"] for row in alone[1]] == [row["id"] for row in together[1]]
+    assert alone[0]["confusion"] == together[0]["confusion"]
+    assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    assert result.stdout.count("expected calibration error") == 1
+
+
+# ---- images without labels ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_images(run, parquet, tmp_path):
+    judge(run)
+    folder = tmp_path / "my photos"
+    (folder / "deep" / "er").mkdir(parents=True)
+    rows = data.load(DataConfig(source=str(parquet))).test
+    for row, name in ((0, "a.png"), (1, "deep/b, c.PNG"), (2, "deep/er/d.png")):
+        (folder / name).write_bytes(rows[row]["img"]["bytes"])
+    (folder / "notes.txt").write_text("no image")
+    judge(run, "--images", folder)
+    found, expected = table(run / "predictions" / "images-my-photos.csv"), table(run / "predictions" / "test.csv")
+    assert [row["id"] for row in found] == ["a.png", "deep/b, c.PNG", "deep/er/d.png"]
+    for one, two in zip(found, expected, strict=False):
+        assert {**one, "id": ""} == {**two, "id": ""}
+
+    Image.new("RGB", (300, 200)).save(folder / "large.jpg")  # of another size and shape
+    (folder / "z.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"z.jpg can't be decoded: it is in no format that Pillow reads"):
+        judge(run, "--images", folder)
+    judge(run, "--images", folder, "--data.on_corrupt", "skip", "--output", tmp_path / "out.csv")
+    assert [row["id"] for row in table(tmp_path / "out.csv")][-1] == "large.jpg"
+
+
+# ---- distorted images -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path, parquet, monkeypatch):
+    """The course's and CIFAR-100-C's files, of 3 rows a severity, all of them the first images of the test split."""
+    monkeypatch.setattr(distorted, "SEVERITY_ROWS", ROWS)
+    monkeypatch.setattr(distorted, "SHAPE", (5 * ROWS, 32, 32, 3))
+    rows = data.load(DataConfig(source=str(parquet))).test.select(range(ROWS))
+    images = np.stack([np.asarray(data.decode(row["img"])) for row in rows])
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in (*distorted.COURSE, *corruptions.NAMES):
+        np.save(folder / f"{name}.npy", np.tile(images, (5, 1, 1, 1)))
+    np.save(folder / "labels.npy", np.tile(rows["fine_label"], 5))
+    return folder
+
+
+def test_the_courses_submission(run, files):
+    judge(run)
+    judge(run, "--ood", files)
+    rows = table(run / "predictions" / "submission.csv")
+    assert [row["id"] for row in rows] == [
+        f"distortion{number:02d}_{severity}_{image}"
+        for number in range(19)
+        for severity in range(1, 6)
+        for image in range(ROWS)
+    ]
+    expected = [row["label"] for row in table(run / "predictions" / "test.csv")[:ROWS]]
+    assert [row["label"] for row in rows] == expected * 95
+    assert list(rows[0]) == ["id", "label"]
+
+
+def test_the_published_corruptions(run, files):
+    judge(run)
+    judge(run, "--cifar100c", files)
+    labels = np.load(files / "labels.npy")[:ROWS]
+    predicted = [int(row["label"]) for row in table(run / "predictions" / "test.csv")[:ROWS]]
+    found = figures(run, "cifar100c")
+    assert found["mean19"] == found["mean15"] == pytest.approx((labels == predicted).mean())
+    assert found["rows"] == ROWS and len(found["corruptions"]) == 19
+    assert found["source"] == str(files)
+
+
+def test_corruptions_made_here(run, monkeypatch, capsys):
+    judge(run, "--robustness", "--limit", "4")
+    first = figures(run, "robustness-limit4")
+    judge(run, "--robustness", "--limit", "4", "--data.batch_size", "7", "--data.workers", "1")
+    assert figures(run, "robustness-limit4") == first
+    assert "not comparable" in first["note"] and "not comparable" in capsys.readouterr().out
+
+    monkeypatch.setattr(corruptions, "corrupt", lambda image, *_: image)
+    judge(run)
+    judge(run, "--robustness")
+    found = figures(run, "robustness")
+    assert {value for one in found["corruptions"] for value in one["top1"]} == {figures(run)["top1"]}
+    assert found["mean15"] == pytest.approx(figures(run)["top1"])
+
+
+# ---- what can be wrong ----------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_trained_weights_is_told(tmp_path, command):
     result = command("predict.py", str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path} is not a run with trained weights: it has no config.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--limit", "5", "--ood", "."], "--limit: a submission"),
+        (["--limit", "0"], "--limit: should be a whole number from 1"),
+        (["--seed", "-1"], "--seed: should be a whole number from 0"),
+        (["--output", "x.csv", "--robustness"], "--output: it is for predictions"),
+        (["--split", "train"], "invalid choice"),
+        (["--split", "test", "--robustness"], "not allowed with"),
+        (["--data.sauce", "x"], "there is no option --data.sauce; did you mean --data.source"),
+        (["--data.workers", "many"], "data.workers"),
+        (["--images", "nowhere"], "--images: there is no folder nowhere"),
+        (["--ood", "nowhere"], "--ood: there is no folder nowhere"),
+        (["--cifar100c", "docs"], "gaussian_noise.npy is missing"),
+        (["--output", "nowhere/x.csv"], "--output: there is no folder"),
+        (["--data.test_split", "null"], "has no test split|have no test split"),
+    ],
+)
+def test_options_that_make_no_sense_are_told(run, options, message):
+    with pytest.raises(UserError, match=message):
+        judge(run, *options)
+    assert not list(run.glob("predictions/*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"label_names": ["a", "b"]}'),
+        ("config.json", b'{"label_names": "ab", "pretrained_cfg": {"input_size": [3, 32, 32]}}'),
+        ("config.json", b'{"label_names": ["a", 1], "pretrained_cfg": {"input_size": [3, 32, 32]}}'),
+        ("config.json", b'{"label_names": ["a", "b"], "pretrained_cfg": {"input_size": [3, -1, "x"]}}'),
+        ("model.safetensors", b"no tensors"),
+    ],
+)
+def test_damaged_weights_are_told(run, name, content):
+    (run / "best" / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged|is not a safetensors file"):
+        judge(run)
+
+
+def test_a_run_still_going_on_is_judged(run):
+    (run / "summary.json").unlink()
+    judge(run, "--limit", "3")
+    assert figures(run, "test-limit3")["rows"] == 3
+
+
+def test_nothing_is_left_of_what_went_wrong(run, monkeypatch):
+    """Predictions that were there stay, and half of new ones does not appear."""
+    judge(run)
+    before = {path: path.read_bytes() for path in (run / "predictions").iterdir() if path.is_file()}
+    monkeypatch.setattr(predict.Classification, "compute", lambda *_: (_ for _ in ()).throw(UserError("broken")))
+    monkeypatch.setattr(predict.Classification, "add", lambda *_: (_ for _ in ()).throw(UserError("broken")))
+    with pytest.raises(UserError, match="broken"):
+        judge(run, "--tta", "flips")
+    assert before == {path: path.read_bytes() for path in (run / "predictions").iterdir() if path.is_file()}
+
+
+def test_the_precision_is_that_of_the_training(run):
+    """Without a launcher that says otherwise; fp16 can't be had on a CPU."""
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    for trained_in, expected in (("bf16", "bf16"), ("fp16", "no"), ("no", "no")):
+        if trained_in == "fp16" and torch.cuda.is_available():
+            continue
+        recorded["environment"]["mixed_precision"] = trained_in
+        (run / "config.yaml").write_text(yaml.safe_dump(recorded))
+        forget_accelerate()
+        judge(run, "--limit", "2")
+        assert figures(run, "test-limit2")["precision"] == expected

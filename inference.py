@@ -1,0 +1,144 @@
+"""What a trained model says of images: one path, wherever they come from and whatever is made of the answers."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+import augment
+import launch
+import models
+from config import Config
+from errors import UserError
+from metrics import IGNORED
+
+TOP = 5  # classes that are told of each image, if there are as many
+SHIFT = 1 / 16  # of the image's side, by which --tta shifts moves it each way: 2 pixels of 32
+
+
+@dataclass
+class Predicted:
+    """A batch of B images from all processes, on the CPU, and the K = min(5, classes) likeliest classes of each."""
+
+    images: Tensor  # uint8 (B, 3, H, W)
+    labels: Tensor  # int64 (B,); IGNORED where an image could not be decoded
+    losses: Tensor  # (B,), nats
+    classes: Tensor  # int64 (B, K), likeliest first
+    probabilities: Tensor  # (B, K)
+
+
+class Classifier:
+    """A run's best weights, with the classes, the image size and the normalisation that they were trained with.
+
+    Every process makes one, and calls it. `config` is the run's with the size that images have to be brought to.
+
+    Args:
+        tta: average each image's probabilities over views: 'flips' (itself and its mirror image) or 'shifts' (these
+            two, and each of them moved a little to the upper left and to the lower right); None: itself.
+
+    Raises:
+        UserError: best/ is damaged, or does not fit the run's configuration.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, run: Path, tta: str | None = None):
+        self.accelerator, self.tta = accelerator, tta
+        self.class_names, self.size = described(run)
+        if self.size[0] == self.size[1]:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=self.size[0]))
+        self.config = config
+        self.batch_size, self.micro_batch_size = launch.share_of_batch(config, accelerator)
+        best = dataclasses.replace(config.model, pretrained=False, weights=str(run / "best"))
+        model, _ = models.create(best, self.class_names, self.size)
+        model = launch.in_its_layout(model, accelerator.device)
+        _, self.transform = augment.build(config, model.pretrained_cfg, accelerator.device)
+        self.model = accelerator.prepare_model(model, evaluation_mode=True)
+
+    def labels_of(self, class_names: list[str]) -> Tensor:
+        """Which of this model's classes each class of some data is; IGNORED, which is -1, stays what it is.
+
+        Raises:
+            UserError: the data have a class that the model does not know.
+        """
+        unknown = [name for name in class_names if name not in self.class_names]
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise UserError(
+                f"data.source: its classes {', '.join(unknown[:5])}{more} are none of the {len(self.class_names)} that "
+                "this run was trained on; classes are told apart by their names"
+            )
+        return torch.tensor([*map(self.class_names.index, class_names), IGNORED])
+
+    @torch.inference_mode()
+    def __call__(self, loader, total: int | None, title: str, class_names: list[str]) -> Iterator[Predicted]:
+        """Predict a loader's images, in its order, each exactly once, with a progress bar on a terminal.
+
+        Args:
+            loader: not yet prepared; batches of `image` uint8 (B, 3, H, W) and `label` (B,).
+            total: images in it, None if unknown.
+            class_names: of the loader's labels, which may be in another order than the model's.
+        """
+        self.model.eval()
+        labels_of = self.labels_of(class_names).to(self.accelerator.device)
+        hidden = None if self.accelerator.is_main_process else True  # None: hidden unless on a terminal
+        with tqdm(total=total, desc=title, unit=" images", leave=False, disable=hidden) as bar:
+            for batch in self.accelerator.prepare(loader):
+                pieces = batch["image"].split(self.micro_batch_size)
+                log_probabilities = torch.cat([self._log_probabilities(images) for images in pieces])
+                labels = labels_of[batch["label"]]
+                losses = F.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="none")
+                top = log_probabilities.topk(min(TOP, log_probabilities.shape[1]))
+                # Batch by batch, because the last one is padded so that all processes have equally much.
+                gathered = self.accelerator.gather_for_metrics(
+                    (batch["image"], labels, losses, top.indices, top.values.exp())
+                )
+                predicted = Predicted(*(part.cpu() for part in gathered))
+                bar.update(len(predicted.labels))
+                yield predicted
+
+    def _log_probabilities(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to the logarithm of the views' mean probabilities (B, classes)."""
+        shown = views(self.transform(images), self.tta)
+        each = torch.stack([self.model(view).float().log_softmax(1) for view in shown])
+        return each.logsumexp(0) - math.log(len(shown))
+
+
+def views(images: Tensor, tta: str | None) -> list[Tensor]:
+    """The views of normalised images (B, 3, H, W) whose probabilities are averaged; what is moved in is mirrored."""
+    shown = [images] if tta is None else [images, images.flip(3)]
+    if tta == "shifts":
+        down, right = (max(1, round(SHIFT * side)) for side in images.shape[2:])
+        height, width = images.shape[2:]
+        padded = [F.pad(view, (right, right, down, down), mode="reflect") for view in shown]
+        shown += [
+            view[:, :, top : top + height, left : left + width]
+            for view in padded
+            for top, left in ((0, 0), (2 * down, 2 * right))
+        ]
+    return shown
+
+
+def described(run: Path) -> tuple[list[str], tuple[int, int]]:
+    """Class names, and height and width in pixels of what the model sees, as a run's best/ says it.
+
+    Raises:
+        UserError: its config.json is damaged.
+    """
+    path = run / "best" / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        names, (_, height, width) = saved["label_names"], saved["pretrained_cfg"]["input_size"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("label_names is no list of names")
+        if not all(type(side) is int and 0 < side <= 4096 for side in (height, width)):
+            raise ValueError("input_size is not three whole numbers")
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    return names, (height, width)

@@ -1,0 +1,162 @@
+"""What predict.py leaves behind and says: CSV files, pictures of mistakes, and tables for the terminal."""
+
+import contextlib
+import csv
+import heapq
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from accelerate import Accelerator
+from PIL import Image
+
+from errors import UserError, plain
+from inference import Predicted
+from metrics import IGNORED
+
+COLUMNS = ("id", "label", "name", "probability", "top5")
+
+
+@contextlib.contextmanager
+def predictions_csv(
+    accelerator: Accelerator, path: Path, class_names: list[str]
+) -> Iterator[Callable[[list[str], Predicted], None]]:
+    """Write batches of predictions, with the rows' ids, to a CSV file as `whole_csv` does.
+
+    Its columns are the row's id, the likeliest class as a number and by name, its probability, and the numbers of the
+    five likeliest. Rows whose image could not be decoded are left out.
+    """
+    with whole_csv(accelerator, path, COLUMNS) as write_rows:
+
+        def write(ids: list[str], batch: Predicted) -> None:
+            write_rows(
+                (row, classes[0], class_names[classes[0]], f"{probabilities[0]:.6f}", " ".join(map(str, classes)))
+                for row, label, classes, probabilities in zip(
+                    ids, batch.labels.tolist(), batch.classes.tolist(), batch.probabilities.tolist(), strict=True
+                )
+                if label != IGNORED
+            )
+
+        yield write
+
+
+@contextlib.contextmanager
+def whole_csv(accelerator: Accelerator, path: Path, columns: tuple[str, ...]) -> Iterator[Callable]:
+    """Write rows to a CSV file, which appears when it is whole, and not at all if something goes wrong before.
+
+    Every process calls this; the main one writes.
+    """
+    if not accelerator.is_main_process:
+        yield lambda rows: None
+        return
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with writing(path):
+        file = unfinished.open("w", encoding="utf-8", newline="")
+    writer = csv.writer(file, lineterminator="\n")
+
+    def write(rows) -> None:
+        with writing(path):
+            writer.writerows(rows)
+
+    try:
+        write([columns])
+        yield write
+        with writing(path):
+            file.close()
+            os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):  # what it could not write has been told
+            file.close()
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Around work on files: the system's error is told as a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+class Mistakes:
+    """The most confident mistakes of all batches that are added, with their images."""
+
+    MOST = 24
+    SIDE = 96  # pixels, at most, of their pictures
+
+    def __init__(self):
+        self.heap, self.added = [], 0
+
+    def add(self, ids: list[str], batch: Predicted) -> None:
+        wrong = (batch.classes[:, 0] != batch.labels) & (batch.labels != IGNORED)
+        for place in wrong.nonzero()[:, 0].tolist():
+            # Of equally confident ones the earlier is kept.
+            rank = (float(batch.probabilities[place, 0]), -self.added - place)
+            if len(self.heap) < self.MOST or rank > self.heap[0][:2]:
+                push = heapq.heappush if len(self.heap) < self.MOST else heapq.heapreplace
+                classes = int(batch.labels[place]), int(batch.classes[place, 0])
+                push(self.heap, (*rank, ids[place], *classes, batch.images[place].clone()))
+        self.added += len(ids)
+
+    def write(self, folder: Path, name: str, class_names: list[str]) -> list[dict]:
+        """Save the pictures as mistakes/NAME/NN.png below the folder, the most confident first, and describe them."""
+        pictures, told = folder / "mistakes" / name, []
+        shutil.rmtree(pictures, ignore_errors=True)
+        pictures.mkdir(parents=True)
+        for number, (probability, _, row, true, predicted, image) in enumerate(sorted(self.heap, reverse=True)):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            picture.thumbnail((self.SIDE, self.SIDE))
+            picture.save(pictures / f"{number:02d}.png")
+            mistake = {"id": row, "true": class_names[true], "predicted": class_names[predicted]}
+            told.append(mistake | {"probability": probability, "thumbnail": f"mistakes/{name}/{number:02d}.png"})
+        return told
+
+
+# ---- the terminal ---------------------------------------------------------------------------------------------------
+
+
+def describe(result: dict) -> str:
+    """A split's figures: the means, accuracy by superclass, the hardest and easiest classes, the confused pairs."""
+    corrupt = f", {result['corrupt']} of them can't be decoded and don't count" if "corrupt" in result else ""
+    lines = [
+        f"{result['name']}: {result['rows']:,} images of {result['source']}{corrupt}",
+        f"loss {result['loss']:.4f}, top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
+        f"expected calibration error {result['ece']:.2%}",
+    ]
+    if above := result["superclasses"]:
+        lines.append(f"superclass predicted right: {_percent(above['top1'])}")
+        lines += _accuracies("superclass", above["per_superclass"])
+    classes = sorted((one for one in result["per_class"] if one["rows"]), key=lambda one: one["top1"])
+    if len(classes) <= 10:
+        lines += _accuracies("class", classes)
+    else:
+        lines += _accuracies("hardest classes", classes[:5]) + _accuracies("easiest classes", classes[:-6:-1])
+    if result["confused"]:
+        lines.append("most confused (true: taken for)")
+        lines += [f"  {one['true']}: {one['predicted']}, {one['share']:.1%}" for one in result["confused"][:10]]
+    return "\n".join(map(plain, lines))
+
+
+def _accuracies(title: str, rows: list[dict]) -> list[str]:
+    width = max(len(plain(name)) for name in (title, *(one["name"] for one in rows)))
+    lines = [f"  {plain(one['name']):{width}}  {_percent(one['top1']):>7}  {one['rows']:6,}" for one in rows]
+    return [f"  {title:{width}}    top-1  images", *lines]
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def describe_robustness(result: dict) -> str:
+    """Accuracy under each corruption at each severity, and the means."""
+    lines = [
+        f"{result['name']}: {result['rows']:,} images in each of 19 x 5. {result['note']}",
+        f"  {'top-1 at severity':18}" + "".join(f"{severity:8}" for severity in range(1, 6)) + "    mean",
+    ]
+    for one in result["corruptions"]:
+        cells = "".join(f"{value:8.1%}" for value in (*one["top1"], one["mean"]))
+        lines.append(f"  {one['name']:18}{cells}{'' if one['in_mean15'] else '   not in the 15'}")
+    lines.append(f"mean over RobustBench's 15 corruptions {result['mean15']:.2%}, over all 19 {result['mean19']:.2%}")
+    return "\n".join(map(plain, lines))

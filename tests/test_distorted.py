@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+
+import corruptions
+import distorted
+from errors import UserError
+
+ROWS = 4  # of each severity, instead of 10,000
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The course's and CIFAR-100-C's files, small. An image's values tell file, severity and row."""
+    monkeypatch.setattr(distorted, "SEVERITY_ROWS", ROWS)
+    monkeypatch.setattr(distorted, "SHAPE", (5 * ROWS, 8, 8, 3))
+    for names in (distorted.COURSE, corruptions.NAMES):
+        for number, name in enumerate(names):
+            images = np.zeros(distorted.SHAPE, dtype=np.uint8)
+            images += (10 * number + np.arange(5 * ROWS) // ROWS)[:, None, None, None].astype(np.uint8)
+            images[:, 0, 0, 2] = np.arange(5 * ROWS) % ROWS
+            np.save(tmp_path / f"{name}.npy", images)
+    np.save(tmp_path / "labels.npy", np.tile(np.arange(ROWS), 5))
+    return tmp_path
+
+
+def test_the_courses_rows_in_their_order(folder):
+    files = distorted.course(folder, 100)
+    assert len(files) == 19 * 5 * ROWS
+    batch = files.__getitems__([0, 5 * ROWS - 1, 5 * ROWS, len(files) - 1])
+    assert batch["image"].shape == (4, 3, 8, 8)
+    assert batch["image"][:, 0, 1, 1].tolist() == [0, 4, 10, 184]
+    assert batch["image"][:, 2, 0, 0].tolist() == [0, 3, 0, 3]
+    assert [distorted.course_id(place) for place in (0, 5 * ROWS - 1, 5 * ROWS, len(files) - 1)] == [
+        "distortion00_1_0", "distortion00_5_3", "distortion01_1_0", "distortion18_5_3"]  # fmt: skip
+
+
+def test_ids_of_the_real_size():
+    assert distorted.course_id(0) == "distortion00_1_0"
+    assert distorted.course_id(49_999) == "distortion00_5_9999"
+    assert distorted.course_id(949_999) == "distortion18_5_9999"
+
+
+@pytest.mark.parametrize("limit", [None, 3, 100])
+def test_cifar100c_is_in_the_order_of_the_table(folder, limit):
+    files, rows = distorted.cifar100c(folder, 100, limit), min(limit or ROWS, ROWS)
+    assert len(files) == distorted.CELLS * rows
+    batch = files.__getitems__(list(range(len(files))))
+    assert batch["label"].tolist() == list(range(rows)) * distorted.CELLS
+    cells = batch["image"][:, 0, 1, 1].view(19, 5, rows)
+    assert (cells == cells[:, :, :1]).all()
+    assert cells[3].unique().tolist() == [30, 31, 32, 33, 34]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: np.save(path, np.zeros((5, 8, 8, 3), np.uint8)), "has uint8 of shape (5, 8, 8, 3)"),
+        (lambda path: np.save(path, np.zeros((20, 8, 8, 3))), "has float64 of shape (20, 8, 8, 3)"),
+        (lambda path: path.write_bytes(b"no array"), "can't be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "can't be read"),
+        (lambda path: np.save(path, np.array([{}] * 20), allow_pickle=True), "can't be read"),
+    ],
+)
+def test_each_file_is_looked_at_first(folder, damage, said):
+    for names, opened in ((distorted.COURSE, distorted.course), (corruptions.NAMES, distorted.cifar100c)):
+        path = folder / f"{names[7]}.npy"
+        damage(path)
+        with pytest.raises(UserError) as caught:
+            opened(folder, 100)
+        assert f"{path.name} {said}" in str(caught.value)
+        assert caught.value.exit_code == 2
+
+
+def test_labels_and_classes_are_looked_at(folder):
+    with pytest.raises(UserError, match="the run's of 10"):
+        distorted.course(folder, 10)
+    with pytest.raises(UserError, match="labels from 0 to 3, but the model knows 3 classes"):
+        distorted.cifar100c(folder, 3)
+    np.save(folder / "labels.npy", np.zeros(7, dtype=int))
+    with pytest.raises(UserError, match=r"labels.npy has int64 of shape \(7,\), not 20 whole numbers"):
+        distorted.cifar100c(folder, 100)
+    (folder / "labels.npy").unlink()
+    with pytest.raises(UserError, match="labels.npy can't be read"):
+        distorted.cifar100c(folder, 100)
+    with pytest.raises(UserError, match="there is no folder"):
+        distorted.course(folder / "nowhere", 100)
+
+
+def test_what_happens_to_an_image_does_not_depend_on_its_batch():
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    rows = distorted.Corrupted(images, np.arange(3), seed=1)
+    together = rows.__getitems__(list(range(len(rows))))
+    alone = rows.__getitems__([200])
+    assert (together["image"][200] == alone["image"][0]).all()
+    assert together["label"].tolist() == [0, 1, 2] * distorted.CELLS
+    other = distorted.Corrupted(images, np.arange(3), seed=2).__getitems__([0])
+    assert (other["image"][0] != together["image"][0]).any()
+    fewer = distorted.Corrupted(images[:2], np.arange(2), seed=1).__getitems__([2])  # gaussian_noise, severity 2, row 0
+    assert (fewer["image"][0] == together["image"][3]).all()
+
+
+def test_the_table_has_the_means():
+    hits = np.zeros((19, 5, 2), dtype=bool)
+    hits[0] = True  # one of the 15
+    hits[18, 0, 0] = True  # one of the others
+    found = distorted.table(hits.ravel())
+    assert found["mean15"] == pytest.approx(1 / 15)
+    assert found["mean19"] == pytest.approx((1 + 0.1) / 19)
+    assert [one["in_mean15"] for one in found["corruptions"]] == [True] * 15 + [False] * 4
+    assert found["corruptions"][18] == {
+        "name": corruptions.NAMES[18], "in_mean15": False, "top1": [0.5, 0, 0, 0, 0], "mean": 0.1}  # fmt: skip
