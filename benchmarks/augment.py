@@ -15,14 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-from loops import usual_transforms
 from turns import positive
-
-import augment
-import data
-from config import DataConfig, check
-from models import CIFAR100_MEAN, CIFAR100_STD
 
 
 def main() -> None:
@@ -31,6 +24,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=positive, default=64, help="images a batch [64]")
     parser.add_argument("--batches", type=positive, default=10, help="batches a round [10]")
     args = parser.parse_args()
+
+    import torch
+    from loops import usual_transforms
+
+    import augment
+    import data
+    from config import DataConfig, check
+    from models import CIFAR100_MEAN, CIFAR100_STD
 
     source = data.load(DataConfig(source="embedded", embedded_rows=args.batch_size * 4))
     rows = [source.train[i % len(source.train)] for i in range(args.batch_size)]

@@ -81,7 +81,7 @@ def test_labels_and_classes_are_looked_at(folder):
     with pytest.raises(UserError, match=r"labels.npy has int64 of shape \(7,\), not 20 whole numbers"):
         distorted.cifar100c(folder, 100)
     (folder / "labels.npy").unlink()
-    with pytest.raises(UserError, match="labels.npy can't be read"):
+    with pytest.raises(UserError, match=r"labels.npy can't be read"):
         distorted.cifar100c(folder, 100)
     with pytest.raises(UserError, match="there is no folder"):
         distorted.course(folder / "nowhere", 100)

@@ -266,7 +266,7 @@ def test_a_hub_that_stays_down_ends_the_run_soon_with_its_checkpoint(failing, co
     "faults",
     [
         pytest.param(repeat("503"), id="listing", marks=pytest.mark.slow),
-        pytest.param(chain(repeat(None, 5), repeat("stall")), id="rows"),
+        pytest.param(chain(repeat(None, 5), repeat("stall")), id="rows", marks=pytest.mark.slow),
     ],
 )
 def test_a_hub_that_dies_before_the_first_row_is_given_up(failing, command, tmp_path, monkeypatch, faults):

@@ -467,6 +467,7 @@ def test_the_command_ends_before_training_if_there_is_no_token(server, command, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_asks_and_one_uploads(server, command, parquet, tmp_path):
     options = ["--config", "recipes/demo_scratch.yaml", "--data.source", str(parquet), "--data.workers", "0",
                "--phases.train.epochs", "1", "--output_dir", str(tmp_path / "runs")]  # fmt: skip
