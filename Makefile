@@ -1,4 +1,4 @@
-# make demo   the whole thing on embedded data, in three minutes and without a network
+# make demo   the whole thing on embedded data, in three minutes and without a network; ends with a page to open
 # make test   the tests
 # make lint   ruff
 # A virtual environment (.venv) is made and filled when it is missing or when the requirements have changed.
@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NOW := $(shell date +%Y%m%d-%H%M%S)
+DEMO_RUNS = runs/demo-pretrain-$(NOW) runs/demo-finetune-$(NOW) runs/demo-scratch-$(NOW)
 LAUNCH = $(BIN)/accelerate launch --config_file accelerate_config.yaml train.py
 
 .PHONY: demo test lint install
@@ -29,8 +30,10 @@ demo: $(VENV)/installed
 	$(LAUNCH) --config recipes/demo_pretrain.yaml --run_name demo-pretrain-$(NOW)
 	$(LAUNCH) --config recipes/demo_finetune.yaml --run_name demo-finetune-$(NOW) --model.weights runs/demo-pretrain-$(NOW)/best
 	$(LAUNCH) --config recipes/demo_scratch.yaml --run_name demo-scratch-$(NOW)
-	@$(BIN)/python report.py runs/demo-pretrain-$(NOW) runs/demo-finetune-$(NOW) runs/demo-scratch-$(NOW)
+	$(BIN)/python predict.py runs/demo-finetune-$(NOW)
+	@$(BIN)/python report.py $(DEMO_RUNS)
 	@echo; echo "The runs lie in runs/demo-*-$(NOW): best/ has the weights, history.jsonl the epochs, summary.json the figures."
+	@$(BIN)/python report.py $(DEMO_RUNS) --output runs/demo-finetune-$(NOW)/report.html
 
 test: $(VENV)/installed-for-tests
 	$(BIN)/python -m pytest

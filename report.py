@@ -1,123 +1,105 @@
-"""Show finished or running runs side by side, as Markdown tables.
+"""Show finished or running runs side by side.
 
-    python report.py runs/NAME [runs/OTHER ...]
+    python report.py runs/NAME [runs/OTHER ...]                # tables in the terminal
+    python report.py runs/* --output report.html               # one page with everything, to open or to send
+    python report.py runs/* --markdown                         # the comparison, for a README
+    python report.py runs/* --plots plots                      # each figure as PNG and SVG
 
-Reads run folders and nothing else: config.yaml, history.jsonl and, where a run is finished, summary.json.
+Reads run folders and nothing else: config.yaml, history.jsonl, where a run is finished summary.json, and where
+predict.py has judged it predictions/. A file that is already there is replaced by a whole one or not at all.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import html
-import json
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
+import comparison
 from errors import USAGE, UserError, plain, told
+from runfolder import DIRECTIONS, NAME_LENGTH, Run, read_run
+
+COMPACT = ("run", "model", "phases", "best epoch", "val top-1", "test top-1", "test top-5", "minutes")  # on a terminal
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run folder says. `summary` is empty while the run goes on."""
+def read_runs(paths: list[Path]) -> list[Run]:
+    """Read run folders; those that share a name are called by their paths.
 
-    name: str
-    config: dict
-    history: list[dict]
-    summary: dict
-
-
-def read_run(path: Path) -> Run:
-    """Read a run folder; UserError if it is none."""
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        config["model"]["name"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        raise UserError(f"{path} is not a run folder: it has no readable config.yaml", USAGE) from None
-    history, summary = path / "history.jsonl", path / "summary.json"
-    try:
-        rows = (
-            [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()] if history.exists() else []
-        )
-        figures = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: history.jsonl or summary.json is damaged ({error})") from None
-    return Run(path.name, config, rows, figures)
+    Raises:
+        UserError: as `read_run`, or a folder is named twice.
+    """
+    absolute = [os.path.abspath(path) for path in paths]
+    for path in absolute:
+        if absolute.count(path) > 1:
+            raise UserError(f"{path} is named twice", USAGE)
+    runs = [read_run(path) for path in paths]
+    names = [run.name for run in runs]
+    for index, run in enumerate(runs):
+        if names.count(run.name) > 1:  # paths differ in front of their ends more often than at their beginnings
+            runs[index] = dataclasses.replace(run, name=plain(absolute[index])[-NAME_LENGTH:])
+    return runs
 
 
 def epochs_table(run: Run) -> str:
     """One row per epoch; a phase's first epoch names it, so that the change stands out."""
-    rows, phase = [], None
-    for row in run.history:
-        rows.append(
-            [
-                _text(row["phase"]) if row["phase"] != phase else "",
-                str(row["epoch"]),
-                f"{row['lr']:.1e}",
-                f"{row['train_loss']:.3f}",
-                _percent(row["train_top1"]),
-                f"{row['val_loss']:.3f}",
-                _percent(row["val_top1"]),
-                _percent(row["val_top5"]),
-                f"{row['images_per_second']:.0f}",
-            ]
-        )
-        phase = row["phase"]
-    head = ["phase", "epoch", "lr", "train loss", "train top-1", "val loss", "val top-1", "val top-5", "images/s"]
-    return _table(head, rows)
+    return _table(comparison.epochs(run))
 
 
 def comparison_table(runs: list[Run]) -> str:
-    """One row per run, with its best validation and its test figures."""
-    rows = []
-    for run in runs:
-        best = max(run.history, key=lambda row: row["val_top1"], default={})
-        rows.append(
-            [
-                _text(run.name),
-                _text(run.config["model"]["name"]),
-                " + ".join(f"{_text(name)} {count}" for name, count in _epochs_by_phase(run).items()) or "-",
-                str(best.get("epoch", "-")),
-                _percent(best.get("val_top1")),
-                _percent(run.summary.get("test_top1")),
-                _percent(run.summary.get("test_top5")),
-                f"{sum(row['seconds'] for row in run.history) / 60:.1f}",
-            ]
-        )
-    head = ["run", "model", "epochs", "best epoch", "best val top-1", "test top-1", "test top-5", "minutes"]
-    return _table(head, rows)
+    """One row per run, with its best validation and its test figures: what fits a terminal."""
+    return _table(comparison.comparison(runs).columns(*COMPACT))
 
 
 def phase_changes(run: Run) -> list[str]:
-    """A sentence per phase change: validation top-1 in the epoch before and in the one after."""
-    return [
-        f"{_text(run.name)}: {_text(before['phase'])} -> {_text(after['phase'])}: "
-        f"validation top-1 {before['val_top1']:.1%} -> {after['val_top1']:.1%} in one epoch "
-        f"({100 * (after['val_top1'] - before['val_top1']):+.1f} points)"
-        for before, after in zip(run.history, run.history[1:], strict=False)
-        if before["phase"] != after["phase"]
+    """A sentence per phase change: validation top-1 in the epoch before, after one epoch, and after five."""
+    sentences = []
+    for it in comparison.phase_changes(run):
+        sentence = (
+            f"{_text(it.run)}: {_text(it.before)} -> {_text(it.after)}: "
+            f"validation top-1 {it.top1:.1%} -> {it.one:.1%} in one epoch ({comparison.points(it.one - it.top1)})"
+        )
+        if it.several is not None:
+            sentence += f", {it.several:.1%} after {it.span} ({comparison.points(it.several - it.top1)})"
+        if it.within_noise(it.one) or (it.several is not None and it.within_noise(it.several)):
+            sentence += f": {it.words}"
+        sentences.append(sentence)
+    return sentences
+
+
+def terminal(runs: list[Run]) -> str:
+    """The epochs of each run, the phase changes, and the runs side by side."""
+    parts = [
+        f"### {_text(run.name)}\n\n{epochs_table(run) if run.history else 'no epoch finished yet'}\n" for run in runs
     ]
+    parts += [sentence for run in runs for sentence in phase_changes(run)]
+    return "\n".join([*parts, f"\n### Side by side\n\n{comparison_table(runs)}"])
 
 
-def _epochs_by_phase(run: Run) -> dict[str, int]:
-    counts = {}
-    for row in run.history:
-        counts[row["phase"]] = counts.get(row["phase"], 0) + 1
-    return counts
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def markdown(runs: list[Run]) -> str:
+    """What a README wants: the whole comparison, the phase changes, and how the runs were made."""
+    parts = [_table(comparison.comparison(runs)), *comparison.legend(runs)]
+    if changes := [f"- {sentence}" for run in runs for sentence in phase_changes(run)]:
+        parts.append("\n".join(changes))
+    differences = comparison.differences(runs)
+    if differences and differences.rows:
+        parts += ["Where the configurations differ:", _table(differences)]
+    commands = "\n".join(comparison.command(run) for run in runs)
+    parts.append(f"```\n{commands}\n```")
+    return "\n\n".join(parts)
 
 
 def _text(value) -> str:
     """A name that somebody else chose, as Markdown without tags, links or further cells."""
-    return html.escape(plain(str(value)), quote=False).replace("|", "\\|").replace("[", "\\[")
+    return html.escape(DIRECTIONS.sub("", plain(str(value))), quote=False).replace("|", "\\|").replace("[", "\\[")
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(table: comparison.Table) -> str:
     """A Markdown table whose columns line up as plain text too."""
-    cells = [head, *rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    cells = [[_text(cell) for cell in row] for row in [table.head, *table.rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     ]
@@ -125,18 +107,95 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+# ---- to files -------------------------------------------------------------------------------------------------------
+
+
+def write_page(runs: list[Run], path: Path) -> None:
+    """The page as one file; its folder is made if it is missing."""
+    import page
+
+    with _whole(path, "--output") as file:
+        file.write(page.render(runs).encode())
+
+
+def write_plots(runs: list[Run], folder: Path) -> int:
+    """Every figure as FOLDER/NAME.png and NAME.svg; how many figures there are."""
+    import plots
+
+    taken = set()
+    for picture in _pictures(runs, plots):
+        name, count = picture.stem, 1
+        while name.lower() in taken:  # two runs may share a name, and some file systems ignore case
+            count += 1
+            name = f"{picture.stem}-{count}"
+        taken.add(name.lower())
+        for form in ("png", "svg"):
+            with _whole(folder / f"{name}.{form}", "--plots") as file:
+                file.write(picture.encode(form))
+    return len(taken)
+
+
+def _pictures(runs: list[Run], plots) -> Iterator:
+    yield from plots.curves(runs, with_legend=True)
+    for run in runs:
+        for found in run.predictions:
+            yield from plots.of_predictions(run, found)
+
+
+@contextlib.contextmanager
+def _whole(path: Path, option: str) -> Iterator:
+    """A file to write bytes to, that gets its name when it is complete.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise UserError(f"{option}: {path} is a folder: name a file in it", USAGE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            yield file
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"{option}: {path} can't be written: {error.strerror or error}", USAGE) from None
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, in the order to show them")
-    runs = [read_run(path) for path in parser.parse_args().runs]
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="write the page there")
+    parser.add_argument("--markdown", action="store_true", help="print the comparison for a README, and nothing else")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write each figure there, as PNG and as SVG")
+    args = parser.parse_args()
+    if args.output and args.output.suffix.lower() not in (".html", ".htm"):  # nothing else is replaced by a page
+        raise UserError(f"--output: {args.output} should end in .html", USAGE)
+    if args.plots and args.plots.exists() and not args.plots.is_dir():
+        raise UserError(f"--plots: {args.plots} is no folder", USAGE)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    runs = read_runs(args.runs)
     for run in runs:
-        print(f"### {_text(run.name)}\n\n{epochs_table(run) if run.history else 'no epoch finished yet'}\n")
-    for run in runs:
-        for sentence in phase_changes(run):
-            print(sentence)
-    print(f"\n### Side by side\n\n{comparison_table(runs)}")
+        for note in run.notes:
+            print(plain(f"{run.path}: {note}"), file=sys.stderr)
+    if args.markdown:
+        print(markdown(runs))
+    elif not (args.output or args.plots):
+        print(terminal(runs))
+    written = sys.stderr if args.markdown else sys.stdout  # Markdown goes into a file by itself
+    if args.plots:
+        print(plain(f"plots: {write_plots(runs, args.plots)} figures in {args.plots}"), file=written)
+    if args.output:
+        write_page(runs, args.output)
+        print(plain(f"page: {args.output}"), file=written)
 
 
 if __name__ == "__main__":

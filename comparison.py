@@ -1,0 +1,284 @@
+"""What is compared: runs in a table, the epochs of one, phase changes, configurations. Text, not yet escaped."""
+
+import json
+import math
+import shlex
+import statistics
+from dataclasses import dataclass
+from itertools import pairwise
+
+from errors import plain
+from runfolder import Predictions, Run, number, shown
+
+ORIGINS = {"robustness": "own corruptions", "cifar100c": "CIFAR-100-C"}  # of robustness figures
+AFTER = 5  # epochs after a phase change that its second jump spans
+UNTOLD = ("output_dir", "run_name")  # where a run lies does not make it another one
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; foreign names are in them as they are, so whoever prints it has to escape it."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+    def columns(self, *names: str) -> "Table":
+        """The same with these columns only."""
+        kept = [self.head.index(name) for name in names]
+        return Table(list(names), [[row[column] for column in kept] for row in self.rows])
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f} points"
+
+
+# ---- the runs -------------------------------------------------------------------------------------------------------
+
+
+def best_epoch(run: Run) -> dict:
+    """The first epoch with the highest validation top-1, as training chose best/; {} if there is none."""
+    rows = [row for row in run.history if row["val_top1"] is not None]
+    return max(rows, key=lambda row: row["val_top1"], default={})
+
+
+def throughput(run: Run) -> float | None:
+    """Training images per second over the whole run: the harmonic mean, since epochs have equally many images."""
+    rates = [row["images_per_second"] for row in run.history]
+    rates = [rate for rate in rates if rate is not None and rate > 0]
+    return statistics.harmonic_mean(rates) if rates else None
+
+
+def robustness(run: Run) -> Predictions | None:
+    """The file whose mean15 stands for a run: all rows before some, then our own corruptions before CIFAR-100-C."""
+    found = [it for it in run.predictions if it.kind != "split" and it.mean15 is not None]
+    return min(found, key=lambda it: (it.rank[1:3], it.rank), default=None)
+
+
+def conditions(found: Predictions) -> str:
+    """How figures differ from those of all rows and one view; "" if they do not."""
+    marks = [f"first {found.limit:,} rows"] if found.limit is not None else []
+    return ", ".join(marks + ([f"with {found.tta}"] if found.tta else []))
+
+
+def comparison(runs: list[Run]) -> Table:
+    """A row per run. Training and validation figures are of its best epoch, test figures of its best weights."""
+    rows = []
+    for run in runs:
+        best, found, planned = best_epoch(run), robustness(run), run.planned()
+        minutes = [row["seconds"] for row in run.history if row["seconds"] is not None]
+        epochs = str(len(run.history))
+        if not run.summary and planned is not None:
+            epochs += f" of {planned}"
+        mean15 = "-"
+        if found:
+            mean15 = f"{found.mean15:.1%} ({', '.join(filter(None, (ORIGINS[found.kind], conditions(found))))})"
+        rows.append(
+            {
+                "run": run.name,
+                "model": shown(run.setting("model", "name")),
+                "parameters": figure(run.summary.get("parameters"), ",.0f"),
+                "phases": " + ".join(f"{name} {count}" for name, count in run.phases.items()) or "-",
+                "epochs run": epochs,
+                "best epoch": str(best.get("epoch", "-")),
+                "train loss": figure(best.get("train_loss"), ".3f"),
+                "train top-1": percent(best.get("train_top1")),
+                "val loss": figure(best.get("val_loss"), ".3f"),
+                "val top-1": percent(best.get("val_top1")),
+                "test loss": figure(run.summary.get("test_loss"), ".3f"),
+                "test top-1": percent(run.summary.get("test_top1")),
+                "test top-5": percent(run.summary.get("test_top5")),
+                "robustness mean": mean15,
+                "minutes": f"{sum(minutes) / 60:.1f}",
+                "images/s": figure(throughput(run), ",.0f"),
+            }
+        )
+    return Table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def legend(runs: list[Run]) -> list[str]:
+    """What the comparison's columns mean, as far as they need words."""
+    lines = [
+        "Best epoch: the highest validation top-1. Training and validation figures are of that epoch, test figures of "
+        "its weights. Loss in nats; images/s: training, over the whole run."
+    ]
+    if any(not run.summary for run in runs):
+        lines.append(
+            "Epochs '3 of 50': the run has no summary.json: it goes on, was stopped or crashed; such a run has no test "
+            "figures and no count of parameters."
+        )
+    kinds = {found.kind for found in map(robustness, runs) if found}
+    if kinds:
+        lines.append("Robustness mean: top-1 over 15 corruptions and 5 severities.")
+    if len(kinds) > 1:
+        lines.append("Own corruptions and CIFAR-100-C are different images: do not compare one with the other.")
+    return lines
+
+
+def epochs(run: Run) -> Table:
+    """A row per epoch; a phase's first epoch names it, so that the change stands out."""
+    head = ["phase", "epoch", "lr", "train loss", "train top-1", "val loss", "val top-1", "val top-5", "images/s"]
+    rows, phase = [], None
+    for row in run.history:
+        rows.append(
+            [
+                row["phase"] if row["phase"] != phase else "",
+                str(row["epoch"]),
+                figure(row["lr"], ".1e"),
+                figure(row["train_loss"], ".3f"),
+                percent(row["train_top1"]),
+                figure(row["val_loss"], ".3f"),
+                percent(row["val_top1"]),
+                percent(row["val_top5"]),
+                figure(row["images_per_second"], ".0f"),
+            ]
+        )
+        phase = row["phase"]
+    return Table(head, rows)
+
+
+# ---- phase changes --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PhaseChange:
+    """Validation top-1 around a phase change; fractions.
+
+    Args:
+        one, several: after the new phase's first epoch, and after its fifth or, if it has fewer, its last.
+        span: the epochs that `several` is after; at least 2, or there is no such figure.
+        noise: what a jump has to exceed to be more than noise, and where that comes from; see `noise_at`.
+    """
+
+    run: str
+    before: str
+    after: str
+    top1: float
+    one: float
+    several: float | None
+    span: int
+    noise: float | None
+    noise_from: str
+
+    def within_noise(self, reached: float) -> bool | None:
+        """Whether a jump to `reached` is within noise; None if that can't be told."""
+        return None if self.noise is None else abs(reached - self.top1) <= self.noise
+
+    @property
+    def words(self) -> str:
+        """What the jumps mean."""
+        if self.noise is None:
+            return "whether this is noise can't be told: too few epochs, and the number of validation rows is unknown"
+        verdicts = {}
+        for span, reached in (("one epoch", self.one), (f"{self.span} epochs", self.several)):
+            if reached is not None:
+                beyond = "a gain over" if reached > self.top1 else "a loss over"
+                verdicts.setdefault("within noise over" if self.within_noise(reached) else beyond, []).append(span)
+        said = [f"{verdict} {' and over '.join(spans)}" for verdict, spans in verdicts.items()]
+        return f"{'; '.join(said)} (noise: up to {100 * self.noise:.1f} points, {self.noise_from})"
+
+
+def phase_changes(run: Run) -> list[PhaseChange]:
+    """The changes of phase in a history, where the epochs on both sides have a validation top-1."""
+    changes = []
+    for index in range(1, len(run.history)):
+        before, after = run.history[index - 1], run.history[index]
+        if before["phase"] == after["phase"] or None in (before["val_top1"], after["val_top1"]):
+            continue
+        following = run.history[index : index + AFTER]
+        following = [row["val_top1"] for row in following if row["phase"] == after["phase"]]
+        span = max((i for i, top1 in enumerate(following, start=1) if top1 is not None), default=1)
+        several = following[span - 1] if span > 1 else None
+        noise, noise_from = noise_at(run, index)
+        phases, reached = (before["phase"], after["phase"]), (before["val_top1"], after["val_top1"], several)
+        changes.append(PhaseChange(run.name, *phases, *reached, span, noise, noise_from))
+    return changes
+
+
+def noise_at(run: Run, index: int) -> tuple[float | None, str]:
+    """The size of a jump in validation top-1 at row `index` of the history that chance alone could make, and why.
+
+    Twice the standard error of the difference of two accuracies over n rows, sqrt(2 p (1 - p) / n) with their mean p:
+    what independent samples exceed one time in twenty. Both are measured on the same rows, and so differ by less; the
+    bound is on the safe side. It speaks of the rows that were drawn, not of what another seed would have given.
+
+    n is the rows of predictions/validation.json, if all of them were judged. Otherwise it is estimated: validation is
+    one of `data.folds` parts of equal size (up to chance), the others are trained on, so that n is the images of an
+    epoch, steps times `data.batch_size`, over folds - 1.
+
+    A history without steps (or a configuration without those fields) gives no n. Then a jump is noise if it is no
+    larger than the largest change from one epoch to the next among the 5 epochs on either side.
+    """
+    before, after = run.history[index - 1], run.history[index]
+    judged = [it.rows for it in run.predictions if it.name == "validation" and it.limit is None and it.rows]
+    rows, source = (judged[0], f"{judged[0]:,} validation rows") if judged else (_validation_rows(run), "")
+    if rows:
+        mean = (before["val_top1"] + after["val_top1"]) / 2
+        error = math.sqrt(2 * max(0.0, mean * (1 - mean)) / rows)
+        return 2 * error, f"twice the standard error with {source or f'about {rows:,} validation rows'}"
+    near = run.history[max(0, index - AFTER) : index + AFTER]
+    changes = [
+        abs(second["val_top1"] - first["val_top1"])
+        for first, second in pairwise(near)
+        if first["phase"] == second["phase"] and None not in (first["val_top1"], second["val_top1"])
+    ]
+    return (max(changes), "the largest change between epochs near it") if changes else (None, "")
+
+
+def _validation_rows(run: Run) -> int | None:
+    """The validation rows, estimated from the steps of an epoch; see `noise_at`."""
+    last = run.history[-1]
+    batch, folds = number(run.setting("data", "batch_size")), number(run.setting("data", "folds"))
+    if last["step"] is None or batch is None or folds is None or folds <= 1:
+        return None
+    rows = float(last["step"]) / last["epoch"] * batch / (folds - 1)
+    return round(rows) if 1 <= rows < 2**53 else None
+
+
+# ---- how runs were made ---------------------------------------------------------------------------------------------
+
+
+def differences(runs: list[Run]) -> Table | None:
+    """The fields of the configurations that differ, a row each, a column per run; None for a single run."""
+    if len(runs) < 2:
+        return None
+    flat = [_flat(run.config) for run in runs]
+    fields = sorted(set().union(*flat) - set(UNTOLD), key=lambda field: (field.startswith("environment."), field))
+    rows = [[field, *(found.get(field, "-") for found in flat)] for field in fields]
+    return Table(["field", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1])
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
+    """{"data": {"fold": 0}} as {"data.fold": "0"}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            flat[shown(f"{prefix}{name}")] = shown(", ".join(map(str, value)))
+        else:
+            yaml_words = value is None or isinstance(value, bool)
+            flat[shown(f"{prefix}{name}")] = json.dumps(value) if yaml_words else shown(value)
+    return flat
+
+
+def command(run: Run) -> str:
+    """The command that trains a run again, with the precision and the processes that its config.yaml records."""
+    found = run.setting("environment")
+    found = found if isinstance(found, dict) else {}
+    precision = shown(found.get("mixed_precision", "no"))
+    several = [shown(found["processes"])] if type(found.get("processes")) is int and found["processes"] > 1 else []
+    if several and found.get("device_type") == "cpu":
+        words = ["env", "ACCELERATE_USE_CPU=true", f"ACCELERATE_MIXED_PRECISION={precision}", "torchrun"]
+        words += ["--nproc_per_node", *several]
+    else:
+        words = ["accelerate", "launch"] + (["--mixed_precision", precision] if precision != "no" else [])
+        words += ["--multi_gpu", "--num_processes", *several] if several else []
+    return plain(shlex.join([*words, "train.py", "--config", str(run.path / "config.yaml")]))

@@ -1,0 +1,154 @@
+"""The report as one HTML page that needs nothing else: pictures are in it, and no script at all.
+
+Names come from others: the template escapes whatever it is given (Jinja2's autoescape), the page's own policy forbids
+scripts and whatever would be loaded from elsewhere, and a name's direction ends where the name ends (`bdi`).
+"""
+
+import time
+from base64 import b64encode
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+import comparison
+import plots
+from comparison import Table, conditions, figure, percent
+from errors import UserError, plain
+from runfolder import Predictions, Run, thumbnail
+
+LIMIT = 5_000_000  # bytes of a page: more is no fun on a phone, and no mail takes it
+PICTURES = 4_300_000  # of which pictures may have so many
+CONFIG_LENGTH = 20_000  # characters of a configuration that are shown
+OPEN_RUNS = 3  # so many runs' predictions are unfolded from the beginning
+
+
+class Room:
+    """What is left of the page's size for pictures."""
+
+    def __init__(self, size: int):
+        self.left = size
+
+    def address(self, content: bytes, kind: str) -> str | None:
+        """The picture as a data: address, or None if there is no room for it."""
+        text = f"data:image/{kind};base64,{b64encode(content).decode()}"
+        if len(text) > self.left:
+            return None
+        self.left -= len(text)
+        return text
+
+
+@dataclass
+class Shown:
+    """A file of predictions as the page shows it."""
+
+    found: Predictions
+    pictures: list[tuple[plots.Picture, str]] = field(default_factory=list)
+    left_out: int = 0  # pictures that there was no room for
+    gallery: list[tuple] = field(default_factory=list)  # mistakes with the address of their picture, or None
+
+
+def render(runs: list[Run]) -> str:
+    """The page of some runs, in their order.
+
+    Raises:
+        UserError: it would be larger than `LIMIT` even with the pictures that can be left out left out.
+    """
+    room = Room(PICTURES)
+    curves = [(picture, room.address(picture.encode("svg"), "svg+xml")) for picture in plots.curves(runs, False)]
+    judged = [[Shown(found) for found in run.predictions] for run in runs]
+    _draw(runs, judged, room)
+    _hang(runs, judged, room)
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"percent": percent, "points": comparison.points, "figure": figure}
+    page = environment.get_template("report.html.jinja").render(
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
+        made=time.strftime("%Y-%m-%d %H:%M"),
+        runs=list(zip(runs, judged, strict=True)),
+        table=comparison.comparison(runs),
+        legend=comparison.legend(runs),
+        styles=[plots.style(index) for index in range(len(runs))],
+        repeats=len(runs) > len(plots.COLOURS) * len(plots.DASHES),
+        curves=[(picture, address) for picture, address in curves if address],
+        changes=[change for run in runs for change in comparison.phase_changes(run)],
+        differences=comparison.differences(runs),
+        commands=[(run.name, comparison.command(run), _yaml(run)) for run in runs],
+        unfolded=len(runs) <= OPEN_RUNS,
+        conditions=conditions,
+        splits=_splits,
+        robustness=_robustness,
+    )
+    if len(page.encode()) > LIMIT:
+        raise UserError(f"the page would have more than {LIMIT // 10**6} MB: name fewer runs")
+    return page
+
+
+def _draw(runs: list[Run], judged: list[list[Shown]], room: Room) -> None:
+    """Figures of predictions while there is room: each run's first files before any run's second."""
+    for turn in range(max(map(len, judged))):
+        for run, files in zip(runs, judged, strict=True):
+            for shown in files[turn : turn + 1]:
+                for picture in plots.of_predictions(run, shown.found):
+                    address = room.address(picture.small_png(), "png") if room.left > 0 else None
+                    if address:
+                        shown.pictures.append((picture, address))
+                    else:
+                        shown.left_out += 1
+
+
+def _hang(runs: list[Run], judged: list[list[Shown]], room: Room) -> None:
+    """Thumbnails while there is room: the first mistake of every file before any file's second."""
+    files = [(run, shown) for run, files in zip(runs, judged, strict=True) for shown in files]
+    for turn in range(max((len(shown.found.mistakes) for _, shown in files), default=0)):
+        for run, shown in files:
+            for mistake in shown.found.mistakes[turn : turn + 1]:
+                content = thumbnail(run, mistake.thumbnail)
+                address = room.address(content, "png") if content else None
+                if address or not content:
+                    shown.gallery.append((mistake, address))
+
+
+def _splits(run: Run) -> Table | None:
+    head = ["predictions", "source", "images", "loss", "top-1", "top-5", "superclass top-1", "ECE"]
+    rows = [
+        [
+            it.name,
+            it.source,
+            f"{it.rows:,}" + (f" ({conditions(it)})" if conditions(it) else ""),
+            figure(it.loss, ".3f"),
+            percent(it.top1),
+            percent(it.top5),
+            percent(it.superclasses.top1 if it.superclasses else None),
+            percent(it.ece),
+        ]
+        for it in run.predictions
+        if it.kind == "split"
+    ]
+    return Table(head, rows) if rows else None
+
+
+def _robustness(run: Run) -> Table | None:
+    head = ["robustness", "images", "rows per cell", "mean of 15", "mean of 19"]
+    rows = [
+        [
+            it.name,
+            comparison.ORIGINS[it.kind],
+            f"{it.rows:,}" + (f" ({conditions(it)})" if conditions(it) else ""),
+            percent(it.mean15),
+            percent(it.mean19),
+        ]
+        for it in run.predictions
+        if it.kind != "split"
+    ]
+    return Table(head, rows) if rows else None
+
+
+def _yaml(run: Run) -> str:
+    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+    text = "\n".join(map(plain, text[:CONFIG_LENGTH].splitlines()))
+    return text + ("\n…" if len(text) >= CONFIG_LENGTH else "")

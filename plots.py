@@ -1,0 +1,386 @@
+"""Figures of runs and predictions, drawn by matplotlib without pyplot, so that nothing is shared or stays open.
+
+Colours are those of Okabe & Ito, "Color Universal Design" (2008), which colour-blind readers can tell apart; lines
+differ by their dashes too, and colour maps are cividis (Nuñez et al., 2018). Names are foreign: they are drawn as plain
+text, never as mathematics.
+"""
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import matplotlib
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
+from PIL import Image
+
+from comparison import best_epoch, conditions, percent
+from runfolder import DIRECTIONS, ClassFigures, Predictions, Run
+
+# Small figures with letters of a usual size: a phone shows one at three quarters of its size, and it can be read there.
+WIDTH, HEIGHT = 4.8, 3.3  # inches
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("", "6 2", "2 1.5", "7 2 2 2")  # of a line, in points: drawn and left out
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.parse_math": False,
+    "svg.hashsalt": "phases",  # the same data give the same file
+}
+LABELLED = 25  # classes whose names fit beside a confusion matrix
+COUNTED = 12  # classes whose counts fit into its cells
+LONGEST = 24  # characters of a name in a figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with what has to be said of it. `stem` is a plain file name; title and `alt` hold foreign names."""
+
+    stem: str
+    title: str
+    alt: str
+    figure: Figure
+
+    def encode(self, form: str) -> bytes:
+        """As "png" or "svg"."""
+        written = io.BytesIO()
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes; the page has the text
+            self.figure.savefig(written, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
+        return written.getvalue()
+
+    def small_png(self) -> bytes:
+        """As PNG with a palette: a third of the size, and these figures have few colours."""
+        written = io.BytesIO()
+        with Image.open(io.BytesIO(self.encode("png"))) as image:
+            image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(written, "PNG", optimize=True)
+        return written.getvalue()
+
+
+def style(index: int) -> tuple[str, str]:
+    """The colour and the dashes (as SVG writes them) of run number `index`: 28 of them, then they come again."""
+    return COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
+
+
+def stem(*words: str) -> str:
+    """A file name without anything that a shell or a file system minds."""
+    return re.sub(r"[^\w.-]+", "-", "-".join(words), flags=re.ASCII).strip(".-")[:100] or "figure"
+
+
+def _short(name: str, length: int = LONGEST) -> str:
+    name = DIRECTIONS.sub("", name)
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _axes(width: float = WIDTH, height: float = HEIGHT):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+# ---- over epochs ----------------------------------------------------------------------------------------------------
+
+CURVES = {
+    "val_top1": ("Validation accuracy", "top-1 (%)"),
+    "val_loss": ("Validation loss", "cross-entropy (nats)"),
+    "train_top1": ("Training accuracy", "top-1 (%)"),
+    "train_loss": ("Training loss", "cross-entropy (nats)"),
+}
+
+
+def curves(runs: list[Run], with_legend: bool) -> Iterator[Picture]:
+    """Accuracies, losses and the learning rate over epochs, a line per run.
+
+    Args:
+        with_legend: name the lines in each figure. The page does that once, in text.
+    """
+    for key, (title, unit) in CURVES.items():
+        yield _curve(runs, key, title, unit, with_legend)
+    yield _learning_rate(runs, with_legend)
+
+
+def _curve(runs: list[Run], key: str, title: str, unit: str, with_legend: bool) -> Picture:
+    scale = 100 if key.endswith("top1") else 1
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        told = []
+        for index, run in enumerate(runs):
+            values = _line(axes, index, run, key, scale)
+            best = best_epoch(run)
+            if key.startswith("val") and best and best[key] is not None:
+                axes.plot(
+                    best["epoch"],
+                    scale * best[key],
+                    "o",
+                    color=style(index)[0],
+                    markersize=7,
+                    fillstyle="none",
+                    clip_on=False,
+                )
+            if values:
+                told.append(f"{run.name} from {values[0]:.4g} to {values[-1]:.4g}")
+        axes.set_ylabel(unit)
+        _finish(figure, axes, runs, title, with_legend)
+    circles = "; a circle marks the best epoch" if key.startswith("val") else ""
+    return Picture(stem(title.lower()), title, f"{title}, {unit}, over epochs: {_listed(told)}{circles}", figure)
+
+
+def _learning_rate(runs: list[Run], with_legend: bool) -> Picture:
+    title, told = "Learning rate", []
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        axes.set_yscale("log")
+        for index, run in enumerate(runs):
+            values = _line(axes, index, run, "lr", 1)
+            reduced = reductions(run)
+            axes.plot(
+                [row["epoch"] for row in reduced], [row["lr"] for row in reduced], "v", color=style(index)[0],
+                markersize=8,
+            )  # fmt: skip
+            if values:
+                at = ", ".join(str(row["epoch"]) for row in reduced)
+                told.append(f"{run.name} from {values[0]:.3g} to {values[-1]:.3g}{f', reduced at {at}' if at else ''}")
+        if rates := [row["lr"] for run in runs for row in run.history if (row["lr"] or 0) > 0]:
+            # From decade to decade, so that at least two labels stand on the axis, however little the rate changes.
+            low, high = math.floor(math.log10(min(rates)) + 1e-9), math.ceil(math.log10(max(rates)) - 1e-9)
+            axes.set_ylim(0.6 * 10.0**low, 1.6 * 10.0 ** max(high, low + 1))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel("learning rate (log scale)")
+        _finish(figure, axes, runs, title, with_legend)
+    return Picture("learning-rate", title, f"Learning rate on a log axis over epochs: {_listed(told)}", figure)
+
+
+def reductions(run: Run) -> list[dict]:
+    """The epochs that are the first with a lower learning rate than the one before, within a phase.
+
+    A cosine schedule lowers it in each epoch: nothing to mark.
+    """
+    return [
+        row
+        for before, row in pairwise(run.history)
+        if before["phase"] == row["phase"]
+        and None not in (before["lr"], row["lr"])
+        and row["lr"] < before["lr"]
+        and run.setting("phases", row["phase"], "schedule") != "cosine"
+    ]
+
+
+def _line(axes, index: int, run: Run, key: str, scale: float) -> list[float]:
+    """Draw a run's line, with gaps where figures are missing; the figures that are there."""
+    colour, dashes = style(index)
+    values = [None if row[key] is None else scale * row[key] for row in run.history]
+    if key == "lr":  # a log axis has no zero
+        values = [value if value is None or value > 0 else None for value in values]
+    there = [value for value in values if value is not None]
+    axes.plot(
+        [row["epoch"] for row in run.history],
+        [float("nan") if value is None else value for value in values],
+        color=colour,
+        linestyle=(0, [float(length) for length in dashes.split()]) if dashes else "-",
+        linewidth=1.6,
+        marker="." if len(there) < 30 else None,
+        gid=f"run-{index + 1}",
+    )
+    return there
+
+
+def _finish(figure: Figure, axes, runs: list[Run], title: str, with_legend: bool) -> None:
+    axes.set_title(title, loc="left", pad=16 if _shade(axes, runs) else 6)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    last = max((row["epoch"] for run in runs for row in run.history), default=1)
+    axes.set_xlim(0.5, last + 0.5)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    if not any(run.history for run in runs):
+        axes.text(0.5, 0.5, "no epoch finished yet", transform=axes.transAxes, ha="center", color="#555555")
+    if with_legend:
+        lines = [
+            Line2D([], [], color=colour, linestyle=(0, [float(part) for part in dashes.split()]) if dashes else "-")
+            for colour, dashes in map(style, range(len(runs)))
+        ]
+        # A no-break space in front: matplotlib leaves labels out that begin with an underscore.
+        names = ["\u00a0" + _short(run.name, 40) for run in runs]
+        columns = 2 if len(runs) > 2 and max(map(len, names)) < 24 else 1
+        figure.set_figheight(HEIGHT + 0.22 * -(-len(runs) // columns))
+        figure.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def _shade(axes, runs: list[Run]) -> bool:
+    """Shade every other phase, lightly for each layout where runs differ; whether the phases' names stand above."""
+    layouts = {_layout(run) for run in runs if run.history}
+    # A run that is still in its first phases has the layout of one that is further.
+    layouts = [it for it in layouts if not any(it != other and other[: len(it)] == it for other in layouts)]
+    last = max((row["epoch"] for run in runs for row in run.history), default=1)
+    changing = sorted(layout for layout in layouts if len(layout) > 1)
+    for layout in changing:
+        ends = [start for _, start in layout[1:]] + [last + 1]
+        for number, ((_, start), end) in enumerate(zip(layout, ends, strict=True)):
+            if number % 2:
+                axes.axvspan(start - 0.5, end - 0.5, color="black", alpha=max(0.03, 0.09 / len(changing)), linewidth=0)
+    named = changing[0] if len(changing) == 1 else ()
+    for name, start in named:
+        x = 0.0 if start == named[0][1] else (start - 0.5 - 0.5) / last
+        ends = [other for _, other in named if other > start]
+        room = ((ends[0] if ends else last + 1) - start) / last
+        label = _short(name, max(4, int(46 * room)))
+        axes.text(x, 1.02, label, transform=axes.transAxes, fontsize=8, color="#555555")
+    return bool(named)
+
+
+def _layout(run: Run) -> tuple[tuple[str, int], ...]:
+    """The phases' names and first epochs."""
+    return tuple((name, next(rows)["epoch"]) for name, rows in groupby(run.history, key=lambda row: row["phase"]))
+
+
+def _listed(told: list[str]) -> str:
+    return "; ".join(told) or "no epoch finished yet"
+
+
+# ---- predictions ----------------------------------------------------------------------------------------------------
+
+
+def of_predictions(run: Run, found: Predictions) -> Iterator[Picture]:
+    """The figures that a file of predictions has the data for."""
+    if any(map(any, found.confusion)):
+        yield _confusion(run, found)
+    if found.superclasses and found.superclasses.per_superclass:
+        yield _bars(run, found, found.superclasses.per_superclass, "superclass")
+    elif found.per_class and len(found.per_class) <= LABELLED:
+        yield _bars(run, found, found.per_class, "class")
+    if any(part.rows for part in found.reliability):
+        yield _reliability(run, found)
+    if found.corruptions:
+        yield _robustness(run, found)
+
+
+def _confusion(run: Run, found: Predictions) -> Picture:
+    names, counts, count = found.class_names, found.confusion, len(found.class_names)
+    totals = [sum(row) for row in counts]
+    shares = [[100 * n / total if total else 0.0 for n in row] for row, total in zip(counts, totals, strict=True)]
+    labelled = count <= LABELLED
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(height=4.6 if labelled else 4.1)
+        # The square root brings out what is rare: the mistakes.
+        shown = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+        if labelled:
+            size = 9 if count <= COUNTED else 7
+            axes.set_xticks(range(count), [_short(name, 16) for name in names], rotation=90, fontsize=size)
+            axes.set_yticks(range(count), [_short(name, 16) for name in names], fontsize=size)
+        if count <= COUNTED:
+            for row in range(count):
+                for column in range(count):
+                    dark = shares[row][column] < 25
+                    axes.text(
+                        column, row, f"{counts[row][column]:,}", ha="center", va="center", fontsize=7,
+                        color="white" if dark else "black",
+                    )  # fmt: skip
+        order = "" if labelled else " (number, in class order)"
+        axes.set_xlabel(f"predicted class{order}")
+        axes.set_ylabel(f"true class{order}")
+        axes.spines[:].set_visible(False)
+        bar = figure.colorbar(shown, ax=axes, ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
+        bar.set_label("share of the true class (%)")
+        bar.outline.set_visible(False)
+    right = sum(counts[i][i] for i in range(count))
+    worst = "; ".join(f"{it.true} taken for {it.predicted} {it.rows} times" for it in found.confused[:3])
+    alt = f"Confusion matrix of {count} classes: {right:,} of {sum(totals):,} images on the diagonal"
+    return Picture(
+        stem(run.name, found.name, "confusion"), "Confusion matrix", f"{alt}; most often {worst}" if worst else alt,
+        figure,
+    )  # fmt: skip
+
+
+def _bars(run: Run, found: Predictions, parts: list[ClassFigures], what: str) -> Picture:
+    parts = parts[:100]
+    parts = sorted(parts, key=lambda part: -1 if part.top1 is None else part.top1)  # the best one comes on top
+    places, names = range(len(parts)), [f"{_short(part.name)} ({part.rows:,})" for part in parts]
+    below = [100 * (part.superclass_top1 or 0) for part in parts]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(height=1.2 + 0.2 * len(parts))
+        if any(part.superclass_top1 is not None for part in parts):
+            axes.barh(places, below, height=0.8, color="#BBD4E6", label="its superclass right")
+        axes.barh(
+            places, [100 * (part.top1 or 0) for part in parts], height=0.45, color=COLOURS[0], label="class right"
+        )
+        axes.set_yticks(places, names)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(-0.6, len(parts) - 0.4)
+        axes.tick_params(axis="y", labelsize=8, length=0)
+        axes.set_xlabel("accuracy (%)")
+        axes.set_ylabel(f"{what} (images)")
+        axes.grid(axis="x", alpha=0.3, linewidth=0.6)
+        if what == "superclass":
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    judged = [part for part in parts if part.top1 is not None]
+    alt = f"Accuracy of {len(parts)} {what}es"
+    if judged:
+        alt += f": from {judged[0].name} {percent(judged[0].top1)} to {judged[-1].name} {percent(judged[-1].top1)}"
+    return Picture(stem(run.name, found.name, f"{what}es"), f"Accuracy per {what}", alt, figure)
+
+
+def _reliability(run: Run, found: Predictions) -> Picture:
+    bins = [part for part in found.reliability if part.rows and part.accuracy is not None]
+    everything = sum(part.rows for part in found.reliability)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.1), layout="constrained")
+        axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        edges, widths = [100 * part.low for part in bins], [100 * (part.high - part.low) for part in bins]
+        axes.bar(
+            edges, [100 * part.accuracy for part in bins], widths, align="edge", color=COLOURS[0], edgecolor="white"
+        )
+        axes.plot([0, 100], [0, 100], "--", color="#555555", linewidth=1)
+        axes.text(0.03, 0.92, "dashed: calibrated", transform=axes.transAxes, fontsize=8, color="#555555")
+        axes.set_ylim(0, 100)
+        axes.set_xlim(0, 100)
+        axes.set_ylabel("accuracy (%)")
+        below.bar(
+            edges, [100 * part.rows / everything for part in bins], widths, align="edge", color="#888888",
+            edgecolor="white",
+        )  # fmt: skip
+        below.set_ylabel("images (%)")
+        below.set_xlabel("confidence: the highest probability (%)")
+        for part in (axes, below):
+            part.grid(axis="y", alpha=0.3, linewidth=0.6)
+        figure.align_ylabels()
+    alt = f"Reliability diagram: accuracy by confidence in {len(found.reliability)} bins"
+    if found.ece is not None:
+        alt += f", expected calibration error {percent(found.ece)}"
+    return Picture(stem(run.name, found.name, "reliability"), "Reliability diagram", alt, figure)
+
+
+def _robustness(run: Run, found: Predictions) -> Picture:
+    rows = sorted(found.corruptions, key=lambda row: not row.in_mean15)
+    names = [_short(row.name.replace("_", " ")) + ("" if row.in_mean15 else " *") for row in rows]
+    values = [[100 * value for value in row.top1] for row in rows]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(height=1.1 + 0.22 * len(rows))
+        shown = axes.imshow(values, cmap="cividis", aspect="auto", vmin=0, vmax=max(map(max, values)) or 1)
+        half = shown.get_clim()[1] / 2
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                colour = "white" if value < half else "black"
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=8, color=colour)
+        axes.set_xticks(range(5), [str(severity) for severity in range(1, 6)])
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("severity" + ("" if all(row.in_mean15 for row in rows) else "     (* not in the mean over 15)"))
+        axes.set_ylabel("corruption")
+        figure.colorbar(shown, ax=axes, format=PercentFormatter(decimals=0)).set_label("top-1")
+    worst = min(found.corruptions, key=lambda row: sum(row.top1))
+    alt = f"Top-1 under {len(rows)} corruptions and 5 severities"
+    alt += f", mean over 15 {percent(found.mean15)}" if found.mean15 is not None else ""
+    alt += f"; lowest for {worst.name}, {percent(sum(worst.top1) / 5)} on average"
+    title = f"Robustness {conditions(found)}".strip()
+    return Picture(stem(run.name, found.name, "heat-map"), title, alt, figure)

@@ -1,0 +1,340 @@
+"""Run folders as data: what train.py and predict.py left there, checked on the way in. No training code, no torch.
+
+A run folder may come from somebody else, be unfinished, damaged or of an older version. What a report can do without is
+left out with a line in `Run.notes`; only a folder that is no run at all, or a history that can't be read, ends it.
+"""
+
+import io
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from config import read_yaml
+from errors import USAGE, UserError, plain
+
+NAME_LENGTH = 80  # characters of a name that are shown
+DIRECTIONS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks that turn what follows around
+MOST_EPOCHS = 10**6  # a larger number is damage
+CONFIG_BYTES = 2**18  # a config.yaml has about a thousand
+JSON_BYTES = 2**26  # of a history, a summary or predictions
+THUMBNAIL_BYTES, THUMBNAIL_SIDE = 2**18, 1024  # of a picture that is read
+SHOWN_SIDE = 96  # pixels of a picture that is shown
+FIGURES = (
+    *("lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5"),
+    *("step", "seconds", "images_per_second"),
+)
+SUMMARY_FIGURES = ("parameters", "test_loss", "test_top1", "test_top5")
+
+
+def shown(value) -> str:
+    """A name that somebody else chose: one line, nothing that can't be written as UTF-8, cut where it is long."""
+    try:
+        text = plain(str(value))
+    except ValueError:  # Python does not write out a number of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= NAME_LENGTH else text[: NAME_LENGTH - 1] + "…"
+
+
+def number(value) -> float | None:
+    """A finite number, or None for whatever else stands in its place."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+# ---- what predict.py writes -----------------------------------------------------------------------------------------
+
+Name = Annotated[str, AfterValidator(shown)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Loss = Annotated[float | None, BeforeValidator(number)]
+Sentence = Annotated[str, AfterValidator(lambda text: plain(text)[:400])]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class ClassFigures(_Part):
+    name: Name
+    rows: Count
+    top1: Fraction | None = None
+    superclass_top1: Fraction | None = None
+
+
+class Superclasses(_Part):
+    top1: Fraction | None = None
+    per_superclass: list[ClassFigures] = []
+
+
+class Bin(_Part):
+    """Rows whose highest probability lies between `low` and `high`."""
+
+    low: Fraction
+    high: Fraction
+    rows: Count
+    confidence: Fraction | None = None
+    accuracy: Fraction | None = None
+
+
+class Confused(_Part):
+    true: Name
+    predicted: Name
+    rows: Count
+    share: Fraction
+
+
+class Mistake(_Part):
+    true: Name
+    predicted: Name
+    probability: Fraction
+    thumbnail: str | None = None
+
+
+class Corruption(_Part):
+    name: Name
+    in_mean15: bool
+    top1: list[Fraction] = Field(min_length=5, max_length=5)  # severities 1 to 5
+
+
+class Predictions(_Part):
+    """RUN/predictions/NAME.json. Fractions in [0, 1], loss in nats; `confusion` is counts by true, predicted class."""
+
+    kind: Literal["split", "robustness", "cifar100c"]
+    name: Name
+    rows: Count
+    source: Name = "-"
+    limit: Count | None = None
+    tta: Name | None = None
+    # kind "split"
+    split: Name | None = None
+    corrupt: Count = 0
+    loss: Loss = None
+    top1: Fraction | None = None
+    top5: Fraction | None = None
+    ece: Fraction | None = None
+    class_names: list[Name] = []
+    confusion: list[list[Count]] = []
+    per_class: list[ClassFigures] = []
+    superclasses: Superclasses | None = None
+    reliability: list[Bin] = []
+    confused: list[Confused] = []
+    mistakes: list[Mistake] = []
+    # kinds "robustness" and "cifar100c"
+    corruptions: list[Corruption] = []
+    mean15: Fraction | None = None
+    mean19: Fraction | None = None
+    note: Sentence = ""
+
+    @model_validator(mode="after")
+    def _square(self):
+        sizes = {len(self.class_names), *map(len, self.confusion)}
+        if self.confusion and (len(sizes) > 1 or len(self.confusion) not in sizes):
+            raise ValueError("confusion is not a square of as many rows as there are class_names")
+        return self
+
+    @property
+    def rank(self) -> tuple:
+        """Sorts what says most about a run to the front: all rows before some, one view before several, test first."""
+        kinds = ("split", "robustness", "cifar100c")
+        return kinds.index(self.kind), self.limit is not None, self.tta is not None, self.name != "test", self.name
+
+
+# ---- a run folder ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says.
+
+    Args:
+        history: a row per finished epoch. `phase` and `epoch` are always there; a figure that is missing, or is not
+            finite, is None.
+        summary: empty while the run goes on, and for good if it crashed.
+        predictions: sorted by `Predictions.rank`.
+        notes: a line for each thing that is there and could not be read.
+    """
+
+    name: str
+    path: Path
+    config: dict
+    history: list[dict]
+    summary: dict
+    predictions: list[Predictions]
+    notes: list[str]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Epochs run by phase."""
+        counts = {}
+        for row in self.history:
+            counts[row["phase"]] = counts.get(row["phase"], 0) + 1
+        return counts
+
+    def planned(self) -> int | None:
+        """The epochs of all phases of the configuration, None if it doesn't say."""
+        phases = self.setting("phases")
+        epochs = [phase.get("epochs") if isinstance(phase, dict) else None for phase in _dict(phases).values()]
+        known = epochs and all(type(count) is int and 0 < count < MOST_EPOCHS for count in epochs)
+        return sum(epochs) if known else None
+
+    def setting(self, *keys: str):
+        """A value of the configuration, None where there is none."""
+        value = self.config
+        for key in keys:
+            value = _dict(value).get(key)
+        return value
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder; UserError if it is none, or if its history or summary is damaged."""
+    try:
+        if _size(path / "config.yaml") > CONFIG_BYTES:
+            raise ValueError("too large")
+        config = read_yaml(path / "config.yaml")
+        config["model"]["name"]
+    except (OSError, ValueError, UserError) as error:
+        why = getattr(error, "strerror", None) or str(error).removeprefix("--config: ")
+        raise UserError(f"{path} is not a run folder: it has no readable config.yaml ({why})", USAGE) from None
+    except (KeyError, TypeError):
+        why = "it names no model"
+        raise UserError(f"{path} is not a run folder: it has no readable config.yaml ({why})", USAGE) from None
+    notes = []
+    history = _history(path / "history.jsonl", notes)
+    summary = _summary(path / "summary.json")
+    predictions = sorted(_predictions(path, notes), key=lambda found: found.rank)
+    return Run(shown(Path(os.path.abspath(path)).name), path, config, history, summary, predictions, notes)
+
+
+def _dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _read(path: Path) -> str:
+    """A text file; "" if there is none. OSError or ValueError if it can't be read."""
+    if not os.path.lexists(path):
+        return ""
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError("not a file")
+    if _size(path) > JSON_BYTES:
+        raise ValueError("too large")
+    return path.read_text(encoding="utf-8")
+
+
+def _damaged(path: Path, error: Exception | str) -> UserError:
+    why = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "strerror", None) or error
+    return UserError(f"{path.parent}: {path.name} is damaged ({why})")
+
+
+def _history(path: Path, notes: list[str]) -> list[dict]:
+    try:
+        text = _read(path)
+        lines = text.splitlines()
+        rows = []
+        for count, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                # A crash may leave half a line; the epochs before it are whole.
+                if count == len(lines) > 1 and not text.endswith("\n"):
+                    notes.append(f"{path.name}: its last line is incomplete and left out")
+                    break
+                raise
+            if not isinstance(row, dict):
+                raise ValueError(f"line {count} is no JSON object")
+            rows.append(_epoch(row, count))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    if lost := sum(row[key] is None for row in rows for key in ("train_loss", "train_top1", "val_loss", "val_top1")):
+        notes.append(f"{path.name}: {lost} figures are missing or not finite: shown as - and as gaps")
+    return rows
+
+
+def _epoch(row: dict, count: int) -> dict:
+    epoch = number(row.get("epoch")) or 0
+    names = {"phase": shown(row.get("phase", "-")), "epoch": int(epoch) if 0 < epoch < MOST_EPOCHS else count}
+    return names | {key: number(row.get(key)) for key in FIGURES}
+
+
+def _summary(path: Path) -> dict:
+    try:
+        text = _read(path)
+        summary = json.loads(text) if text else {}
+        if not isinstance(summary, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    return summary | {key: number(summary[key]) for key in SUMMARY_FIGURES if key in summary}
+
+
+def _predictions(run: Path, notes: list[str]):
+    folder = run / "predictions"
+    try:
+        paths = sorted(folder.glob("*.json"))
+    except OSError as error:
+        notes.append(f"predictions can't be read ({error.strerror})")
+        return
+    for path in paths:
+        name = f"predictions/{shown(path.name)}"
+        try:
+            if not _lies_in(path, run):
+                raise ValueError("it leads out of the run folder")
+            found = Predictions.model_validate_json(_read(path))
+            if found.name != shown(path.stem):
+                raise ValueError(f"it says that its name is {found.name}")
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            notes.append(plain(f"{name} is left out: {f'{where}: ' if where else ''}{problem['msg']}"))
+        except (OSError, ValueError, RecursionError) as error:
+            notes.append(plain(f"{name} is left out: {getattr(error, 'strerror', None) or error}"))
+        else:
+            yield found
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path, links followed, is below a folder."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a ring of links
+        return False
+
+
+def thumbnail(run: Run, name: str | None) -> bytes | None:
+    """A mistake's picture as a PNG of at most 96 pixels a side, decoded and written anew; None if it can't be had.
+
+    Args:
+        name: its path relative to RUN/predictions, as the JSON has it. It is foreign: it may not lead out of there.
+    """
+    from PIL import Image
+
+    folder = run.path / "predictions"
+    try:
+        path = folder / (name or "")
+        if not (_lies_in(folder, run.path) and _lies_in(path, folder) and path.is_file()):
+            return None
+        if path.suffix.lower() != ".png" or _size(path) > THUMBNAIL_BYTES:
+            return None
+        with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
+            if max(image.size) > THUMBNAIL_SIDE:  # told by its head, before it is decoded
+                return None
+            picture = image.convert("RGB")
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        written = io.BytesIO()
+        picture.save(written, "PNG", optimize=True)
+        return written.getvalue()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's, of broken PNGs
+        return None

@@ -1,0 +1,196 @@
+import json
+import shlex
+
+import pytest
+from run_folders import config, corrupted, history, split, write_predictions, write_run
+
+import comparison
+from config import check
+from runfolder import read_run
+
+TWO = {"head": 2, "finetune": 3}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(name="run", phases=TWO, *args, **values):
+        return read_run(write_run(tmp_path / name, phases, *args, **values))
+
+    return make
+
+
+def row(run) -> dict[str, str]:
+    table = comparison.comparison([run])
+    return dict(zip(table.head, table.rows[0], strict=True))
+
+
+# ---- the comparison -------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run(make):
+    rows = history(TWO)
+    rows[3]["val_top1"] = rows[4]["val_top1"] = 0.5  # a tie: the first one is the best
+    assert row(make(rows=rows)) == {
+        "run": "run", "model": "resnet50", "parameters": "23,712,932", "phases": "head 2 + finetune 3",
+        "epochs run": "5", "best epoch": "4", "train loss": "2.320", "train top-1": "47.0%",
+        "val loss": f"{rows[3]['val_loss']:.3f}", "val top-1": "50.0%", "test loss": "2.345", "test top-1": "43.2%",
+        "test top-5": "70.0%", "robustness mean": "-", "minutes": "5.0", "images/s": "625",
+    }  # fmt: skip
+
+
+def test_throughput_is_all_images_over_all_seconds(make):
+    """Two epochs of 1000 images, at 100 and at 300 a second, take 13.3 seconds."""
+    rows = history({"train": 2})
+    rows[0]["images_per_second"], rows[1]["images_per_second"] = 100.0, 300.0
+    assert comparison.throughput(make(rows=rows)) == pytest.approx(2000 / (1000 / 100 + 1000 / 300))
+
+
+def test_a_crashed_run_and_one_without_an_epoch(make):
+    crashed = row(make("crashed", TWO, history(TWO)[:3], finished=False))
+    assert (crashed["epochs run"], crashed["phases"], crashed["test top-1"]) == ("3 of 5", "head 2 + finetune 1", "-")
+    empty = row(make("empty", TWO, [], finished=False))
+    assert (empty["epochs run"], empty["best epoch"], empty["images/s"]) == ("0 of 5", "-", "-")
+
+
+def test_a_run_without_a_test_split(make, tmp_path):
+    run = make()
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"test_loss": None, "test_top1": None, "parameters": 7}))
+    assert (row(read_run(run.path))["test loss"], row(read_run(run.path))["parameters"]) == ("-", "7")
+
+
+@pytest.mark.parametrize(
+    ("found", "shown"),
+    [
+        ([("robustness", {}), ("cifar100c", {})], "30.0% (own corruptions)"),
+        ([("cifar100c", {})], "30.0% (CIFAR-100-C)"),
+        ([("robustness", {"limit": 200})], "30.0% (own corruptions, first 200 rows)"),
+        ([("robustness", {"limit": 200}), ("cifar100c", {})], "30.0% (CIFAR-100-C)"),
+        ([("cifar100c", {"tta": "flips"}), ("robustness", {"limit": 200})], "30.0% (CIFAR-100-C, with flips)"),
+    ],
+)
+def test_the_robustness_mean_says_what_it_is(make, found, shown):
+    run = make()
+    for kind, values in found:
+        suffix = "".join(f"-{key}" for key in values)
+        write_predictions(run.path, corrupted(kind, kind + suffix, mean15=0.3, **values))
+    assert row(read_run(run.path))["robustness mean"] == shown
+
+
+def test_figures_that_can_not_be_compared_are_told(make):
+    runs = []
+    for kind in ("robustness", "cifar100c"):
+        write_predictions(make(kind).path, corrupted(kind))
+        runs.append(read_run(make(f"{kind}-2").path.parent / kind))
+    assert "do not compare" in " ".join(comparison.legend(runs))
+    assert "do not compare" not in " ".join(comparison.legend(runs[:1]))
+
+
+# ---- phase changes --------------------------------------------------------------------------------------------------
+
+
+def test_a_phase_change_over_one_and_five_epochs(make):
+    phases = {"head": 3, "finetune": 7}
+    (change,) = comparison.phase_changes(make("run", phases, history(phases, jump=0.15)))
+    assert (change.before, change.after, change.span) == ("head", "finetune", 5)
+    assert (change.top1, change.one, change.several) == pytest.approx((0.32, 0.47, 0.51))
+    assert change.words.startswith("a gain over one epoch and over 5 epochs (noise: up to 1.4 points, twice the")
+
+
+def test_a_phase_with_fewer_epochs_and_a_run_with_one_phase(make):
+    (change,) = comparison.phase_changes(make("a", TWO, history(TWO)[:3]))
+    assert (change.several, change.span) == (None, 1)
+    (change,) = comparison.phase_changes(make("b", TWO, history(TWO)))
+    assert change.span == 3
+    assert comparison.phase_changes(make("c", {"train": 3})) == []
+
+
+def test_a_change_beside_missing_figures(make):
+    rows = history(TWO)
+    rows[4]["val_top1"] = float("nan")
+    (change,) = comparison.phase_changes(make("a", TWO, rows))
+    assert change.span == 2
+    rows[2]["val_top1"] = None
+    assert comparison.phase_changes(make("b", TWO, rows)) == []
+
+
+def test_noise_is_that_of_the_rows_which_are_estimated_from_the_steps(make):
+    """625 steps of 64 images are 40,000, four of five parts; the fifth is validation."""
+    change = comparison.phase_changes(make())[0]
+    assert "about 10,000 validation rows" in change.words
+    mean = (0.31 + 0.41) / 2
+    assert change.noise == pytest.approx(2 * (2 * mean * (1 - mean) / 10_000) ** 0.5)
+
+
+def test_judged_rows_are_better_than_estimated_ones(make):
+    run = make()
+    write_predictions(run.path, split("validation", ["a", "b"], rows=400, limit=400))
+    assert "about 10,000" in comparison.phase_changes(read_run(run.path))[0].words
+    write_predictions(run.path, split("validation", ["a", "b"], rows=9_931))
+    assert "with 9,931 validation rows" in comparison.phase_changes(read_run(run.path))[0].words
+
+
+@pytest.mark.parametrize(("jump", "words"), [(0.012, "within noise"), (0.016, "a gain"), (-0.016, "a loss")])
+def test_a_jump_is_noise_up_to_twice_the_standard_error(make, jump, words):
+    """1.3 points here."""
+    rows = history({"head": 2, "finetune": 1}, jump=jump)
+    assert comparison.phase_changes(make(rows=rows))[0].words.startswith(f"{words} over one epoch")
+
+
+def test_without_steps_a_jump_is_measured_by_the_changes_around_it(make):
+    rows = [{key: value for key, value in row.items() if key != "step"} for row in history(TWO, jump=0.009)]
+    (change,) = comparison.phase_changes(make("a", TWO, rows))
+    assert change.noise == pytest.approx(0.01) and change.within_noise(change.one)
+    assert "the largest change between epochs near it" in change.words
+    (change,) = comparison.phase_changes(make("b", {"a": 1, "b": 1}, [rows[1], rows[2]]))
+    assert change.noise is None and "can't be told" in change.words
+
+
+@pytest.mark.parametrize("values", [{"batch_size": 10**400}, {"folds": 1}, {"folds": "five"}, {"batch_size": None}])
+def test_a_configuration_that_gives_no_rows(make, values):
+    assert "near it" in comparison.phase_changes(make(data=values))[0].words
+
+
+# ---- how runs were made ---------------------------------------------------------------------------------------------
+
+
+def test_only_what_differs_is_shown_and_the_surroundings_last(make):
+    environment = {"mixed_precision": "no"}
+    runs = [make("a"), make("b", TWO, data={"fold": 1}, environment=environment, output_dir="elsewhere")]
+    table = comparison.differences(runs)
+    assert table.head == ["field", "a", "b"]
+    assert table.rows == [["data.fold", "0", "1"], ["environment.mixed_precision", "bf16", "no"]]
+    assert comparison.differences([runs[0], make("c")]).rows == []
+    assert comparison.differences(runs[:1]) is None
+
+
+def test_numbers_are_not_taken_for_true_and_false(make):
+    runs = [make("a", data={"workers": 1}), make("b", data={"workers": True}), make("c", data={"workers": None})]
+    assert comparison.differences(runs).rows == [["data.workers", "1", "true", "null"]]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"mixed_precision": "no"}, "accelerate launch train.py"),
+        ({"mixed_precision": "bf16"}, "accelerate launch --mixed_precision bf16 train.py"),
+        (
+            {"mixed_precision": "fp16", "processes": 4, "device_type": "cuda"},
+            "accelerate launch --mixed_precision fp16 --multi_gpu --num_processes 4 train.py",
+        ),
+        (
+            {"mixed_precision": "no", "processes": 2},
+            "env ACCELERATE_USE_CPU=true ACCELERATE_MIXED_PRECISION=no torchrun --nproc_per_node 2 train.py",
+        ),
+    ],
+)
+def test_the_command_has_the_precision_and_the_processes(make, environment, words):
+    run = make("a 'run'; rm -r x", environment=environment)
+    assert comparison.command(run).startswith(f"{words} --config ")
+    assert shlex.split(comparison.command(run))[-1] == str(run.path / "config.yaml")
+
+
+def test_the_made_up_configurations_are_valid_ones():
+    """Otherwise the tests above prove little."""
+    tree = config(TWO)
+    del tree["environment"]
+    assert check(tree, "test").data.folds == 5
