@@ -204,11 +204,12 @@ def motion_blur(image, rng, radius, sigma):
     return _trail(image, radius, sigma, rng.uniform(-45, 45))
 
 
-@_settings(6, 11, 16, 21, 26)
+@_settings(7, 12, 16, 21, 26)
 def zoom_blur(image, rng, zooms):
     """A camera that moves towards its object: the mean of the image and its centre enlarged 1.00, 1.01, 1.02... times.
 
-    `zooms` is how many of these there are. The published recipe cuts the centre out in whole pixels.
+    `zooms` is how many of these there are: the published ranges stop before 1.06, 1.11, 1.16, 1.21 and 1.26, of which
+    rounding includes the first two. The published recipe cuts the centre out in whole pixels.
     """
     picture = Image.fromarray(_to_bytes(image))
     total = np.asarray(picture, dtype=np.float32)

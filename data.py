@@ -31,12 +31,17 @@ from tqdm import tqdm
 import embedded
 import hub
 from config import DataConfig
-from errors import USAGE, UserError
+from errors import USAGE, UserError, first_line
 from metrics import IGNORED
 
 ROW = "__row__"  # column with a memory-mapped row's number within its split, for messages
 
 FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
+
+PILImage.init()
+# Pictures made of pixels. Pillow hands others to programs that run what is in them: Ghostscript, for one.
+PIXELS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = tuple(name for name in PIXELS if name in PILImage.OPEN)
 
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
@@ -48,8 +53,8 @@ if not hub.offline():
 class Data:
     """An opened source. The datasets hold encoded images, or decoded ones after `keep_decoded`."""
 
-    train: "Dataset | IterableDataset | Pixels"
-    validation: "Dataset | IterableDataset | Pixels"
+    train: "Dataset | IterableDataset | Pixels | None"
+    validation: "Dataset | IterableDataset | Pixels | None"
     test: Dataset | IterableDataset | None
     image: str  # column
     label: str  # column
@@ -58,15 +63,22 @@ class Data:
     size: tuple[int, int]  # height and width in pixels of the first training image
 
 
-def load(config: DataConfig) -> Data:
+def load(config: DataConfig, only_test: bool = False) -> Data:
     """Open the source, find its columns and hold the validation rows out of the training split.
+
+    Args:
+        only_test: nothing is trained or validated. Training rows are neither looked through nor held out, and need not
+            be there: columns and classes are those of the test split then.
 
     Raises:
         UserError: the source, a split or a column is not there, or has another type than images and class labels.
     """
     splits = _open(config)
-    train = _pick(splits, config.train_split, "data.train_split", config.source)
     test = _pick(splits, config.test_split, "data.test_split", config.source) if config.test_split else None
+    if only_test and config.train_split not in splits:
+        train = test
+    else:
+        train = _pick(splits, config.train_split, "data.train_split", config.source)
     if train.features is None:  # a stream of parquet without metadata: read from its first rows
         train = train._resolve_features()
     image, label = _columns(train.features, config)
@@ -78,12 +90,16 @@ def load(config: DataConfig) -> Data:
         if isinstance(test, Dataset) and test.features != train.features:  # whole numbers
             _classes_with_rows(test, config.test_split, label, classes, config)
             test = test.cast(train.features)
-    if len(classes) < 2:
+    if len(classes) < 2 and not only_test:
         raise UserError(f"data.label: column '{label}' of {config.source} has {len(classes)} class(es); two are needed")
     if isinstance(train, Dataset):
-        _check_classes(train, test, label, classes, config)
+        if not only_test:
+            _check_classes(train, test, label, classes, config)
         train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
-    size = first_size(train, image, config)
+    if only_test:
+        size = first_size(test, image, config, config.test_split)
+        return Data(None, None, test, image, label, class_labels, classes, size)
+    size = first_size(train, image, config, config.train_split)
     training, validation = hold_out(train, image, config.folds, config.fold)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
         if isinstance(rows, Dataset) and not len(rows):
@@ -93,23 +109,27 @@ def load(config: DataConfig) -> Data:
     return Data(training, validation, test, image, label, class_labels, classes, size)
 
 
-def first_size(train, image: str, config: DataConfig) -> tuple[int, int]:
-    """Height and width of the first image; of the first that can be decoded, where others are skipped."""
+def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple[int, int]:
+    """Height and width of the first image; of the first that can be decoded, where others are skipped.
+
+    Args:
+        split: that the rows are of, for messages.
+    """
     row = None
     try:
-        for row in train:
+        for row in rows:
             try:
                 width, height = decode(row[image]).size
                 return height, width
             except CorruptImage as error:
                 if config.on_corrupt == "error":
-                    raise corrupt(row, image, config.train_split, error) from error
+                    raise corrupt(row, image, split, error) from error
     except UserError:
         raise
     except Exception as error:  # a stream's first bytes arrive here, with whatever can go wrong on their way
-        raise UserError(f"data.source: {config.source} can't be read: {_first_line(error)}") from error
+        raise UserError(f"data.source: {config.source} can't be read: {first_line(error)}") from error
     found = "no rows" if row is None else "no image that can be decoded"
-    raise UserError(f"{config.source}: the split '{config.train_split}' has {found}")
+    raise UserError(f"{config.source}: " + (f"the split '{split}' has {found}" if split else f"there is {found}"))
 
 
 def hold_out(dataset, image: str, folds: int, fold: int):
@@ -163,7 +183,7 @@ def _open(config: DataConfig) -> Mapping:
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
         if kind == "hub" and hub.offline():
             raise hub.unreachable(f"the dataset {config.source}") from error
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         if kind == "folder" and (
             "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError)
         ):
@@ -212,7 +232,7 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
         try:
             end = pa.parquet.read_metadata(name)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"data.source: {name} is no whole parquet file: {_first_line(error)}") from error
+            raise UserError(f"data.source: {name} is no whole parquet file: {first_line(error)}") from error
         rows[split] = rows.get(split, 0) + end.num_rows
         for column, feature in Features.from_arrow_schema(end.schema.to_arrow_schema()).items():
             # `datasets` takes the names of one file for all of them, and labels would silently change their meaning.
@@ -268,7 +288,7 @@ def _encoded(rows, image: str, label: str, split: str):
         return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(
-            f"split '{split}' has no images and classes in its columns {image}, {label}: {_first_line(error)}", USAGE
+            f"split '{split}' has no images and classes in its columns {image}, {label}: {first_line(error)}", USAGE
         ) from error
 
 
@@ -365,10 +385,11 @@ def _bytes(encoded: Mapping | None) -> bytes:
     if encoded["bytes"] is not None:
         return encoded["bytes"]
     try:
-        with xopen(encoded["path"], "rb") as file:
+        # What is on this disk is read as what it is called; to the other one `::` in a name means something.
+        with (open if os.path.isfile(encoded["path"]) else xopen)(encoded["path"], "rb") as file:
             return file.read()
     except Exception as error:  # from a missing file to a lost connection
-        raise UserError(f"{encoded['path']} can't be read: {_first_line(error)}") from error
+        raise UserError(f"{encoded['path']} can't be read: {first_line(error)}") from error
 
 
 def decode(encoded: Mapping | None) -> PILImage.Image:
@@ -380,11 +401,11 @@ def decode(encoded: Mapping | None) -> PILImage.Image:
     """
     content = _bytes(encoded)
     try:
-        return PILImage.open(io.BytesIO(content)).convert("RGB")
+        return PILImage.open(io.BytesIO(content), formats=FORMATS).convert("RGB")
     except UnidentifiedImageError:
-        raise CorruptImage("it is in no format that Pillow reads" if content else "it is empty") from None
+        raise CorruptImage("it is in no format that is read here" if content else "it is empty") from None
     except Exception as error:  # Pillow's readers raise a dozen types on broken bytes
-        raise CorruptImage(_first_line(error)) from error
+        raise CorruptImage(first_line(error)) from error
 
 
 def corrupt(row: Mapping, image: str, split: str, error: CorruptImage) -> UserError:
@@ -656,7 +677,3 @@ def cores_per_process() -> int:
     """CPU cores that this process may use (its affinity, where the system has one), shared with its siblings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,6 +18,18 @@ LEVELS = len(corruptions.SEVERITIES)
 CELLS = len(corruptions.NAMES) * LEVELS
 SEVERITY_ROWS = 10_000  # images of each severity in one of the published files
 SHAPE = (LEVELS * SEVERITY_ROWS, 32, 32, 3)
+# CIFAR-100's classes in the order of their numbers: the files have nothing but these.
+CIFAR100 = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()  # noqa: SIM905  # a hundred quoted names are no easier to read
+)
 COURSE = tuple(f"distortion{number:02d}" for number in range(19))
 
 
@@ -42,8 +54,10 @@ class Files(Dataset):
         numbers, places = np.divmod(indices, len(self.rows))
         images = np.empty((len(indices), *SHAPE[1:]), dtype=np.uint8)
         for number in np.unique(numbers):
-            inside = numbers == number
-            images[inside] = np.load(self.paths[number], mmap_mode="r", allow_pickle=False)[self.rows[places[inside]]]
+            array, inside = _mapped(self.paths[number]), numbers == number
+            if isinstance(array, str):
+                raise UserError(f"{self.paths[number]} {array}")
+            images[inside] = array[self.rows[places[inside]]]
         return {"image": _channels_first(images), "label": torch.from_numpy(self.labels[places])}
 
 
@@ -76,17 +90,20 @@ class Corrupted(Dataset):
         return {"image": _channels_first(np.stack(images)), "label": torch.from_numpy(self.labels[rows])}
 
 
-def course(folder: Path, classes: int) -> Files:
-    """The course's 19 files, all rows.
-
-    Args:
-        classes: that the model knows.
+def known_classes(class_names: list[str], option: str) -> list[str]:
+    """The names of the files' labels: CIFAR-100's, or the run's own numbers, if these are its names.
 
     Raises:
-        UserError: a file is missing or of another kind, or the classes are not 100.
+        UserError: the run was trained on something else.
     """
-    if classes != 100:
-        raise UserError(f"--ood: its images are of CIFAR-100's 100 classes, the run's of {classes}", USAGE)
+    numbers = [str(number) for number in range(len(CIFAR100))]
+    if sorted(class_names) not in (sorted(CIFAR100), sorted(numbers)):
+        raise UserError(f"{option}: its images are of CIFAR-100's classes, and the run was not trained on these", USAGE)
+    return list(CIFAR100) if sorted(class_names) == sorted(CIFAR100) else numbers
+
+
+def course(folder: Path) -> Files:
+    """The course's 19 files, all rows; UserError tells of each that is missing or of another kind."""
     return Files(_checked(folder, COURSE, "--ood"), np.arange(SHAPE[0]))
 
 
@@ -97,31 +114,23 @@ def course_id(place: int) -> str:
     return f"{COURSE[number]}_{severity + 1}_{image}"
 
 
-def cifar100c(folder: Path, classes: int, limit: int | None = None) -> Files:
+def cifar100c(folder: Path, limit: int | None = None) -> Files:
     """The official CIFAR-100-C folder, in the order of `corruptions.NAMES`.
 
     Args:
-        classes: that the model knows.
         limit: take only so many images of each severity.
 
     Raises:
         UserError: a file is missing, or of another kind.
     """
-    paths = _checked(folder, corruptions.NAMES, "--cifar100c")
-    path = folder / "labels.npy"
-    try:
-        labels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--cifar100c: {path} can't be read ({first_line(error)})", USAGE) from error
-    if labels.shape != SHAPE[:1] or labels.dtype.kind not in "iu":
+    paths, path = _checked(folder, corruptions.NAMES, "--cifar100c"), folder / "labels.npy"
+    labels = _mapped(path)
+    if isinstance(labels, str) or labels.shape != SHAPE[:1] or labels.dtype.kind not in "iu":
+        found = labels if isinstance(labels, str) else f"has {labels.dtype} of shape {labels.shape}"
+        raise UserError(f"--cifar100c: {path} {found}; it must be {SHAPE[0]} whole numbers", USAGE)
+    if labels.min() < 0 or labels.max() >= len(CIFAR100):
         raise UserError(
-            f"--cifar100c: {path} has {labels.dtype} of shape {labels.shape}, not {SHAPE[0]} whole numbers", USAGE
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(
-            f"--cifar100c: {path} has labels from {labels.min()} to {labels.max()}, but the model knows {classes} "
-            "classes",
-            USAGE,
+            f"--cifar100c: {path} has labels from {labels.min()} to {labels.max()}; they must be 0 to 99", USAGE
         )
     wanted = SEVERITY_ROWS if limit is None else min(limit, SEVERITY_ROWS)
     rows = (np.arange(LEVELS)[:, None] * SEVERITY_ROWS + np.arange(wanted)).ravel()
@@ -149,15 +158,10 @@ def _checked(folder: Path, names: Sequence[str], option: str) -> list[Path]:
         raise UserError(f"{option}: there is no folder {folder}", USAGE)
     paths, problems = [folder / f"{name}.npy" for name in names], []
     for path in paths:
-        if not path.is_file():
-            problems.append(f"{path.name} is missing")
-            continue
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            problems.append(f"{path.name} can't be read ({first_line(error)})")
-            continue
-        if array.shape != SHAPE or array.dtype != np.uint8:
+        array = _mapped(path)
+        if isinstance(array, str):
+            problems.append(f"{path.name} {array}")
+        elif array.shape != SHAPE or array.dtype != np.uint8:
             problems.append(f"{path.name} has {array.dtype} of shape {array.shape}")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -167,6 +171,16 @@ def _checked(folder: Path, names: Sequence[str], option: str) -> list[Path]:
             USAGE,
         )
     return paths
+
+
+def _mapped(path: Path) -> np.ndarray | str:
+    """An .npy file mapped into memory, or what is wrong with it. Never unpickles."""
+    if not path.is_file():
+        return "is missing"
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy raises half a dozen types on broken headers
+        return f"can't be read ({first_line(error)})"
 
 
 def _channels_first(images: np.ndarray) -> torch.Tensor:

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm import tqdm
 
 import augment
+import checkpoint
 import launch
 import models
 from config import Config
@@ -26,13 +28,18 @@ SHIFT = 1 / 16  # of the image's side, by which --tta shifts moves it each way: 
 
 @dataclass
 class Predicted:
-    """A batch of B images from all processes, on the CPU, and the K = min(5, classes) likeliest classes of each."""
+    """What the model says of B images, from all processes, on the CPU. K = min(5, classes).
 
-    images: Tensor  # uint8 (B, 3, H, W)
+    The images themselves stay where they were loaded: `images` are this process's, and `own` tells which of the rows
+    they are.
+    """
+
     labels: Tensor  # int64 (B,); IGNORED where an image could not be decoded
     losses: Tensor  # (B,), nats
     classes: Tensor  # int64 (B, K), likeliest first
     probabilities: Tensor  # (B, K)
+    images: Tensor  # uint8 (len(own), 3, H, W)
+    own: range
 
 
 class Classifier:
@@ -57,11 +64,17 @@ class Classifier:
         self.batch_size, self.micro_batch_size = launch.share_of_batch(config, accelerator)
         best = dataclasses.replace(config.model, pretrained=False, weights=str(run / "best"))
         model, _ = models.create(best, self.class_names, self.size)
+        try:
+            checkpoint.load_best(model, run)  # strictly, as no head may be replaced here
+        except RuntimeError as error:
+            raise UserError(f"{run}/best is damaged: its weights and its config.json do not fit ({error})") from error
         model = launch.in_its_layout(model, accelerator.device)
         _, self.transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
+        # A running run may have replaced best/ between two processes' reading.
+        broadcast([tensor.detach() for tensor in self.model.state_dict().values()])
 
-    def labels_of(self, class_names: list[str]) -> Tensor:
+    def labels_of(self, class_names: list[str], source: str) -> Tensor:
         """Which of this model's classes each class of some data is; IGNORED, which is -1, stays what it is.
 
         Raises:
@@ -71,41 +84,48 @@ class Classifier:
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise UserError(
-                f"data.source: its classes {', '.join(unknown[:5])}{more} are none of the {len(self.class_names)} that "
+                f"{source}: its classes {', '.join(unknown[:5])}{more} are none of the {len(self.class_names)} that "
                 "this run was trained on; classes are told apart by their names"
             )
         return torch.tensor([*map(self.class_names.index, class_names), IGNORED])
 
     @torch.inference_mode()
-    def __call__(self, loader, total: int | None, title: str, class_names: list[str]) -> Iterator[Predicted]:
+    def __call__(self, loader, total: int | None, title: str, labels_of: Tensor | None = None) -> Iterator[Predicted]:
         """Predict a loader's images, in its order, each exactly once, with a progress bar on a terminal.
 
         Args:
             loader: not yet prepared; batches of `image` uint8 (B, 3, H, W) and `label` (B,).
             total: images in it, None if unknown.
-            class_names: of the loader's labels, which may be in another order than the model's.
+            labels_of: from the loader's labels to the model's, as the method of that name gives it.
         """
+        accelerator = self.accelerator
         self.model.eval()
-        labels_of = self.labels_of(class_names).to(self.accelerator.device)
-        hidden = None if self.accelerator.is_main_process else True  # None: hidden unless on a terminal
+        hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
         with tqdm(total=total, desc=title, unit=" images", leave=False, disable=hidden) as bar:
-            for batch in self.accelerator.prepare(loader):
+            for batch in accelerator.prepare(loader):
                 pieces = batch["image"].split(self.micro_batch_size)
                 log_probabilities = torch.cat([self._log_probabilities(images) for images in pieces])
-                labels = labels_of[batch["label"]]
+                labels = batch["label"] if labels_of is None else labels_of.to(accelerator.device)[batch["label"]]
                 losses = F.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="none")
                 top = log_probabilities.topk(min(TOP, log_probabilities.shape[1]))
                 # Batch by batch, because the last one is padded so that all processes have equally much.
-                gathered = self.accelerator.gather_for_metrics(
-                    (batch["image"], labels, losses, top.indices, top.values.exp())
-                )
-                predicted = Predicted(*(part.cpu() for part in gathered))
-                bar.update(len(predicted.labels))
-                yield predicted
+                gathered = accelerator.gather_for_metrics((labels, losses, top.indices, top.values.exp()))
+                rows = len(gathered[0])
+                first = accelerator.process_index * len(labels)
+                own = range(min(first, rows), min(first + len(labels), rows))  # the others are padding
+                bar.update(rows)
+                yield Predicted(*(part.cpu() for part in gathered), batch["image"][: len(own)].cpu(), own)
 
     def _log_probabilities(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to the logarithm of the views' mean probabilities (B, classes)."""
-        shown = views(self.transform(images), self.tta)
+        images = self.transform(images)
+        if images.shape[2:] != self.size:  # what is not square is not resized, neither here nor in training
+            (height, width), (found_height, found_width) = self.size, images.shape[2:]
+            raise UserError(
+                f"images of {found_width}x{found_height} pixels: this run's model takes {width}x{height}, and only to "
+                "square sizes are images brought"
+            )
+        shown = views(images, self.tta)
         each = torch.stack([self.model(view).float().log_softmax(1) for view in shown])
         return each.logsumexp(0) - math.log(len(shown))
 

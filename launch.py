@@ -7,7 +7,7 @@ import platform
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, is_bf16_available
 
 import data
 from config import Config, Environment
@@ -49,9 +49,8 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
 def precision_of_training(config: Config) -> str | None:
     """The precision that a run was trained in, for a command started without a launcher; None if one has its say."""
     recorded = config.environment.mixed_precision if config.environment else "no"
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or (recorded == "fp16" and not torch.cuda.is_available()):
-        return None
-    return recorded
+    can_be_had = {"fp16": torch.cuda.is_available(), "bf16": is_bf16_available()}.get(recorded, True)
+    return recorded if can_be_had and "ACCELERATE_MIXED_PRECISION" not in os.environ else None
 
 
 def precision_option(accelerator: Accelerator) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import hub
 from config import ModelConfig
-from errors import USAGE, UserError
+from errors import USAGE, UserError, first_line
 
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)  # of the training split's pixels, by channel
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
@@ -171,7 +171,7 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
         if pretrained and hub.offline():
             raise hub.unreachable(f"timm's pretrained {config.name}") from error
         raise UserError(
-            f"model.name: {config.name} can't be made for {size[1]}x{size[0]} images: {_first_line(error)}"
+            f"model.name: {config.name} can't be made for {size[1]}x{size[0]} images: {first_line(error)}"
         ) from error
 
     _try_size(model, config.name, size)
@@ -198,15 +198,11 @@ def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
         model(torch.zeros(2, 3, *size))
     except Exception as error:  # whatever a layer raises whose input has become too small
         raise UserError(
-            f"model.name: {name} can't take {size[1]}x{size[0]} images ({_first_line(error)}); "
+            f"model.name: {name} can't take {size[1]}x{size[0]} images ({first_line(error)}); "
             "set the size that they are brought to, for example --data.image_size 224",
             USAGE,
         ) from error
     model.train()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _architecture_cfg(name: str) -> dict:
@@ -230,7 +226,7 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> tuple[dict, str]:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"model.weights: {file} is not a safetensors file ({_first_line(error)}); others are not read, since "
+            f"model.weights: {file} is not a safetensors file ({first_line(error)}); others are not read, since "
             "a pickle can run code"
         ) from error
     broken = [key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]

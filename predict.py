@@ -15,6 +15,7 @@ of the most confident mistakes. Image size and normalisation are those of the tr
 """
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
@@ -22,8 +23,8 @@ import hub
 from config import Config, Parser, add_data_options, overridden, read_yaml
 from errors import USAGE, UserError, told
 
-DATA_OPTIONS = ("source", "train_split", "test_split", "image", "label", "streaming", "on_corrupt", "workers")
-DATA_OPTIONS += ("batch_size", "micro_batch_size")
+WHICH_DATA = ("source", "train_split", "test_split", "image", "label")
+HOW_READ = ("streaming", "keep_mb", "on_corrupt", "workers", "batch_size", "micro_batch_size")
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -71,23 +72,39 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="a quick look: only the first N images (of each severity)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="INT", help="seed of --robustness's corruptions [0]")
+    parser.add_argument("--seed", type=_seed, metavar="INT", help="seed of --robustness's corruptions [0]")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="where the CSV goes [RUN/predictions/NAME.csv, submission.csv]"
     )
     about = "Other data than the run's own, or another way to read them. Without these: as the run has them."
-    add_data_options(parser, DATA_OPTIONS, "data", about)
+    add_data_options(parser, WHICH_DATA + HOW_READ, "data", about)
     args = parser.parse_args(argv)
-    if args.limit and (args.ood or args.push_to_hub):
-        raise UserError("--limit: a submission and an upload are whole or they are none", USAGE)
-    if args.output and (args.robustness or args.cifar100c or args.push_to_hub):
-        raise UserError("--output: it is for predictions, and only accuracies are written here", USAGE)
+    _check_together(args)
     for needed in ("config.yaml", "best/config.json", "best/model.safetensors"):
         if not (args.run / needed).is_file():
             raise UserError(f"{args.run} is not a run with trained weights: it has no {needed}", USAGE)
     path = args.run / "config.yaml"
     tree, overrides = read_yaml(path), {key: value for key, value in vars(args).items() if key.startswith("data.")}
-    return args, overridden(tree | {"tracking": "none"}, overrides, path)
+    config = overridden(tree | {"tracking": "none"}, overrides, path)
+    # The weights are the run's own: nothing else is wanted from the hub than, perhaps, the data.
+    return args, dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """UserError for an option that what is to be predicted has no use for."""
+    if args.limit and (args.ood or args.push_to_hub):
+        raise UserError("--limit: a submission and an upload are whole or they are none", USAGE)
+    if args.output and (args.robustness or args.cifar100c or args.push_to_hub):
+        raise UserError("--output: it is for predictions, and only accuracies are written here", USAGE)
+    if args.seed is not None and not args.robustness:
+        raise UserError("--seed: it is the seed of --robustness; nothing else here is drawn", USAGE)
+    if args.tta and args.push_to_hub:
+        raise UserError("--tta: an upload predicts nothing", USAGE)
+    chosen = next((name for name in WHICH_DATA if f"data.{name}" in vars(args)), None)
+    if chosen and (args.images or args.cifar100c or args.ood or args.push_to_hub):
+        raise UserError(f"--data.{chosen}: it chooses labelled data, for --split and --robustness", USAGE)
+    if args.output and (not args.output.name or args.output.is_dir()):
+        raise UserError(f"--output: {args.output} is a folder: name a file in it", USAGE)
 
 
 def _positive(text: str) -> int:
@@ -110,7 +127,6 @@ if __name__ == "__main__":
         if not (ARGS.images or ARGS.cifar100c or ARGS.ood or ARGS.push_to_hub):  # these need no data of the run
             hub.check(CONFIG, ARGS.run)
 
-import dataclasses
 import json
 import os
 
@@ -137,10 +153,12 @@ def predict(args: argparse.Namespace, config: Config) -> None:
         UserError: anything that the user can mend: a damaged run, data that are missing or of other classes.
     """
     # What can be told at once is told before anything is loaded.
-    classes = len(described(args.run)[0])
+    class_names, _ = described(args.run)
     paths = image_files(args.images)[: args.limit] if args.images else None
-    files = distorted.course(args.ood, classes) if args.ood else None
-    files = distorted.cifar100c(args.cifar100c, classes, args.limit) if args.cifar100c else files
+    files = order = None
+    if args.ood or args.cifar100c:
+        files = distorted.course(args.ood) if args.ood else distorted.cifar100c(args.cifar100c, args.limit)
+        order = distorted.known_classes(class_names, "--ood" if args.ood else "--cifar100c")
 
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
     folder = args.run / "predictions"
@@ -148,14 +166,16 @@ def predict(args: argparse.Namespace, config: Config) -> None:
         folder.mkdir(exist_ok=True)
         if args.output and not args.output.absolute().parent.is_dir():
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
-    model = Classifier(accelerator, config, args.run, args.tta)
-    with faults.told("then run predict.py again", accelerator, model.micro_batch_size):
+    with faults.told("then run predict.py again", accelerator, launch.share_of_batch(config, accelerator)[1]):
+        model = Classifier(accelerator, config, args.run, args.tta)
         if args.images:
             images(args, accelerator, model, paths, folder)
         elif args.ood:
-            submission(args, accelerator, model, files, folder)
-        elif args.robustness or args.cifar100c:
-            robustness(args, accelerator, model, files or _corrupted(args, model), folder)
+            submission(args, accelerator, model, files, order, folder)
+        elif args.cifar100c:
+            robustness(args, accelerator, model, files, model.labels_of(order, "--cifar100c"), folder)
+        elif args.robustness:
+            robustness(args, accelerator, model, *_corrupted(args, model), folder)
         else:
             split(args, accelerator, model, folder)
     accelerator.end_training()
@@ -175,13 +195,13 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
     """A split's figures as NAME.json, its predictions as NAME.csv, and the mistakes' pictures."""
     part = args.split or "test"
     source, loader, ids = _opened(args, model, part)
-    name = _name(args, model.config, part)
+    superclasses = data.superclasses(source) if accelerator.is_main_process else None
+    name = _name(args, part)
     target = args.output or folder / f"{name}.csv"
     metrics, mistakes, labels, classes, confidence, seen = Classification(), Mistakes(), [], [], [], 0
     with predictions_csv(accelerator, target, model.class_names) as write:
-        for batch in model(loader, ids and len(ids), part, source.class_names):
-            rows = range(seen, seen + len(batch.labels))
-            names = [str(ids[row] if ids else row) for row in rows]
+        for batch in model(loader, ids and len(ids), part, model.labels_of(source.class_names, "data.source")):
+            names = [str(ids[row] if ids else row) for row in range(seen, seen + len(batch.labels))]
             write(names, batch)
             mistakes.add(names, batch)
             metrics.add(batch.losses, batch.classes, batch.labels)
@@ -190,42 +210,39 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
             classes.append(batch.classes[counted, 0])
             confidence.append(batch.probabilities[counted, 0])
             seen += len(batch.labels)
-    result = {"kind": "split", "name": name, "split": part} | _facts(args, model, accelerator, seen) | metrics.compute()
-    rows = (torch.cat(each).numpy() for each in (labels, classes, confidence))
-    result |= analysis.analyse(*rows, model.class_names, data.superclasses(source))
-    if accelerator.is_main_process:
-        with writing(folder):
-            result["mistakes"] = mistakes.write(folder, name, model.class_names)
-            write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        mistakes.gather()
+        result = {"kind": "split", "name": name, "split": part} | _facts(args, model, accelerator, seen)
+        result |= metrics.compute()
+        rows = (torch.cat(each).numpy() for each in (labels, classes, confidence))
+        result |= analysis.analyse(*rows, model.class_names, superclasses)
+        if accelerator.is_main_process:
+            with writing(folder):
+                result["mistakes"] = mistakes.write(folder, name, model.class_names)
+                write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
     accelerator.print(f"{describe(result)}\nwritten: {folder}/{name}.json, {target}")
 
 
 def _opened(args: argparse.Namespace, model: Classifier, part: str):
     """A split as (its data, a loader of its rows in their order, their numbers or None for a stream)."""
     config = model.config.data
-    if config.streams:
-        config = dataclasses.replace(
-            config, workers=min(1, data.default_workers() if config.workers is None else config.workers)
-        )
-    source = data.load(config)
-    rows = getattr(source, part)
-    if rows is None:
+    if config.streams:  # one worker keeps a stream's order
+        workers = min(1, data.default_workers() if config.workers is None else config.workers)
+        config = dataclasses.replace(config, workers=workers)
+    if part == "test" and config.test_split is None:
         raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
+    source = data.load(config, only_test=part == "test")
+    rows = getattr(source, part)
     if args.limit:
         rows = rows.take(args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
-    loader = data.loader(dataclasses.replace(source, **{part: rows}), part, config, model.batch_size, seed=0)
+        source = dataclasses.replace(source, **{part: rows})
+    loader = data.loader(source, part, config, model.batch_size, seed=0)
     return source, loader, None if config.streams else list(rows[data.ROW])
 
 
-def _name(args: argparse.Namespace, config: Config, part: str) -> str:
-    """What a split's files are called: after the split, and after the data if they are not the run's own."""
-    own = read_yaml(args.run / "config.yaml").get("data", {})
-    name = part
-    if part == "test" and config.data.test_split != own.get("test_split"):
-        name = _plain_name(config.data.test_split)
-    if config.data.source != own.get("source"):
-        name = f"{_plain_name(config.data.source)}-{name}"
-    return name + _suffix(args)
+def _name(args: argparse.Namespace, part: str) -> str:
+    """What a split's files are called: after the split, and before it what was chosen other than the run's own data."""
+    chosen = [_plain_name(vars(args)[f"data.{name}"]) for name in WHICH_DATA if f"data.{name}" in vars(args)]
+    return "-".join([*chosen, part]) + _suffix(args)
 
 
 # ---- images without labels ------------------------------------------------------------------------------------------
@@ -233,7 +250,7 @@ def _name(args: argparse.Namespace, config: Config, part: str) -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """All files below a folder that have an image's name, sorted; UserError if there are none."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in data.FORMATS}
     if not folder.is_dir():
         raise UserError(f"--images: there is no folder {folder}", USAGE)
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and path.is_file()]
@@ -249,11 +266,13 @@ def images(
     rows = [{"image": {"bytes": None, "path": str(path)}, "label": 0} for path in paths]
     config = dataclasses.replace(model.config.data, source=str(args.images))
     skip = config.on_corrupt == "skip"
-    collate = data.Collate("image", "label", 1, data.first_size(rows, "image", config), config.image_size, skip=skip)
+    collate = data.Collate(
+        "image", "label", 1, data.first_size(rows, "image", config, None), config.image_size, skip=skip
+    )
     loader = data.batches(rows, config, model.batch_size, collate)
     target, seen = args.output or folder / f"images-{_plain_name(args.images)}{_suffix(args)}.csv", 0
     with predictions_csv(accelerator, target, model.class_names) as write:
-        for batch in model(loader, len(rows), "images", model.class_names[:1]):
+        for batch in model(loader, len(rows), "images"):
             ids = [path.relative_to(args.images).as_posix() for path in paths[seen : seen + len(batch.labels)]]
             write(ids, batch)
             seen += len(batch.labels)
@@ -264,26 +283,45 @@ def images(
 
 
 def submission(
-    args: argparse.Namespace, accelerator: Accelerator, model: Classifier, files: distorted.Files, folder: Path
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model: Classifier,
+    files: distorted.Files,
+    order: list[str],
+    folder: Path,
 ) -> None:
-    """The course's submission: `id,label` for each row of its 19 files, in their order."""
+    """The course's submission: `id,label` for each row of its 19 files; labels count classes in the files' order."""
     target, seen = args.output or folder / f"submission{_suffix(args)}.csv", 0
-    loader = data.batches(files, model.config.data, model.batch_size)
+    label_of = [order.index(name) for name in model.class_names]
     with whole_csv(accelerator, target, ("id", "label")) as write:
-        for batch in model(loader, len(files), "submission", model.class_names):
+        for batch in model(data.batches(files, model.config.data, model.batch_size), len(files), "submission"):
             ids = map(distorted.course_id, range(seen, seen + len(batch.labels)))
-            write(zip(ids, batch.classes[:, 0].tolist(), strict=True))
+            write((row, label_of[predicted]) for row, predicted in zip(ids, batch.classes[:, 0].tolist(), strict=True))
             seen += len(batch.labels)
     accelerator.print(f"written: {target} ({seen:,} rows)")
 
 
-def _corrupted(args: argparse.Namespace, model: Classifier) -> distorted.Corrupted:
-    """The test split, decoded once, under all corruptions."""
+def _corrupted(args: argparse.Namespace, model: Classifier) -> tuple[distorted.Corrupted, torch.Tensor]:
+    """The test split, decoded once, under all corruptions; and from its labels to the model's."""
     source, loader, _ = _opened(args, model, "test")
-    batches = list(loader)
-    pixels = torch.cat([batch["image"] for batch in batches]).permute(0, 2, 3, 1).numpy()
-    labels = model.labels_of(source.class_names)[torch.cat([batch["label"] for batch in batches])].numpy()
-    return distorted.Corrupted(pixels[labels != IGNORED], labels[labels != IGNORED], args.seed)
+    pixels, labels, shapes = [], [], set()
+    for batch in loader:
+        pixels.append(batch["image"].permute(0, 2, 3, 1))
+        labels.append(batch["label"])
+        shapes.add(tuple(pixels[-1].shape[1:]))
+        if sum(each.numel() for each in pixels) > model.config.data.keep_mb * 2**20:
+            raise UserError(
+                f"--robustness keeps the decoded test split in memory, which takes more than data.keep_mb "
+                f"{model.config.data.keep_mb} MB: raise it, or give a --limit"
+            )
+    if len(shapes) > 1:  # images of several sizes: all of them at the model's
+        source = dataclasses.replace(source, size=model.size)
+        loader = data.loader(source, "test", model.config.data, model.batch_size, seed=0)
+        pixels = [batch["image"].permute(0, 2, 3, 1) for batch in loader]
+    labels = torch.cat(labels)
+    counted = labels != IGNORED
+    rows = distorted.Corrupted(torch.cat(pixels)[counted].numpy(), labels[counted].numpy(), args.seed or 0)
+    return rows, model.labels_of(source.class_names, "data.source")
 
 
 def robustness(
@@ -291,20 +329,22 @@ def robustness(
     accelerator: Accelerator,
     model: Classifier,
     images: distorted.Corrupted | distorted.Files,
+    labels_of: torch.Tensor,
     folder: Path,
 ) -> None:
     """Accuracy under each corruption at each severity, and its means, as robustness.json or cifar100c.json."""
     loader = data.batches(images, model.config.data, model.batch_size)
     kind = "cifar100c" if args.cifar100c else "robustness"
-    predicted = model(loader, len(images), kind, model.class_names)
+    predicted = model(loader, len(images), kind, labels_of)
     found = distorted.table(torch.cat([batch.classes[:, 0] == batch.labels for batch in predicted]).numpy())
-    name = kind + _suffix(args)
+    name = _name(args, kind)
     result = {"kind": kind, "name": name} | _facts(args, model, accelerator, len(images) // distorted.CELLS)
     if args.cifar100c:
         result |= {"source": str(args.cifar100c), "note": "The published files of CIFAR-100-C."}
     else:
-        note = f"Made here from the test split, seed {args.seed}: not comparable with figures on the published files."
-        result |= {"seed": args.seed, "note": note}
+        seed = images.seed
+        note = f"Made here from the test split, seed {seed}: not comparable with figures on the published files."
+        result |= {"seed": seed, "note": note}
     result |= found
     if accelerator.is_main_process:
         with writing(folder):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from PIL import Image
 
 from errors import UserError, plain
@@ -52,7 +53,8 @@ def whole_csv(accelerator: Accelerator, path: Path, columns: tuple[str, ...]) ->
         return
     unfinished = path.with_name(f".{path.name}.unfinished")
     with writing(path):
-        file = unfinished.open("w", encoding="utf-8", newline="")
+        # Names of files and classes come from outside, and may be no proper Unicode.
+        file = unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     writer = csv.writer(file, lineterminator="\n")
 
     def write(rows) -> None:
@@ -81,36 +83,44 @@ def writing(path: Path):
 
 
 class Mistakes:
-    """The most confident mistakes of all batches that are added, with their images."""
+    """The most confident mistakes of all batches that are added, with their images. Every process has its own."""
 
     MOST = 24
     SIDE = 96  # pixels, at most, of their pictures
 
     def __init__(self):
-        self.heap, self.added = [], 0
+        self.heap, self.seen = [], 0
 
     def add(self, ids: list[str], batch: Predicted) -> None:
-        wrong = (batch.classes[:, 0] != batch.labels) & (batch.labels != IGNORED)
-        for place in wrong.nonzero()[:, 0].tolist():
+        for place, row in enumerate(batch.own):
+            label, predicted = int(batch.labels[row]), int(batch.classes[row, 0])
+            if label in (predicted, IGNORED):
+                continue
             # Of equally confident ones the earlier is kept.
-            rank = (float(batch.probabilities[place, 0]), -self.added - place)
+            rank = (float(batch.probabilities[row, 0]), -self.seen - row)
             if len(self.heap) < self.MOST or rank > self.heap[0][:2]:
                 push = heapq.heappush if len(self.heap) < self.MOST else heapq.heapreplace
-                classes = int(batch.labels[place]), int(batch.classes[place, 0])
-                push(self.heap, (*rank, ids[place], *classes, batch.images[place].clone()))
-        self.added += len(ids)
+                push(self.heap, (*rank, ids[row], label, predicted, batch.images[place].numpy().copy()))
+        self.seen += len(ids)
+
+    def gather(self) -> None:
+        """Bring those of all processes together; every process calls this."""
+        self.heap = sorted(gather_object(self.heap), key=lambda one: one[:2], reverse=True)[: self.MOST]
 
     def write(self, folder: Path, name: str, class_names: list[str]) -> list[dict]:
         """Save the pictures as mistakes/NAME/NN.png below the folder, the most confident first, and describe them."""
         pictures, told = folder / "mistakes" / name, []
-        shutil.rmtree(pictures, ignore_errors=True)
-        pictures.mkdir(parents=True)
-        for number, (probability, _, row, true, predicted, image) in enumerate(sorted(self.heap, reverse=True)):
-            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        unfinished = pictures.with_name(f".{name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for number, (probability, _, row, true, predicted, image) in enumerate(self.heap):
+            picture = Image.fromarray(image.transpose(1, 2, 0))
             picture.thumbnail((self.SIDE, self.SIDE))
-            picture.save(pictures / f"{number:02d}.png")
+            picture.save(unfinished / f"{number:02d}.png")
             mistake = {"id": row, "true": class_names[true], "predicted": class_names[predicted]}
             told.append(mistake | {"probability": probability, "thumbnail": f"mistakes/{name}/{number:02d}.png"})
+        shutil.rmtree(pictures, ignore_errors=True)
+        os.replace(unfinished, pictures)
         return told
 
 

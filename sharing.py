@@ -82,8 +82,8 @@ def check(repository: str) -> None:
 def push(run: Path, repository: str) -> str:
     """Upload a run's best weights, their configuration and their card, in one commit; the address where they are.
 
-    A repository that is not there yet is made, as public as the account's settings say. A run that has no card yet,
-    because it has not ended, gets one.
+    A repository that is not there yet is made, as public as the account's settings say. The card of a run that has not
+    ended is made for the upload alone.
 
     Raises:
         UserError: the hub refused, or did not answer. The run's folder is as it was.
@@ -91,9 +91,9 @@ def push(run: Path, repository: str) -> str:
     token = None
     try:
         token = _token()
-        if not card_of(run).is_file():
-            write_card(run)
-        card = card_of(run).read_text(encoding="utf-8").replace(HERE, f"hf-hub:{repository}")
+        ended = card_of(run).is_file()
+        card = card_of(run).read_text(encoding="utf-8") if ended else read_card(run)
+        card = card.replace(HERE, f"hf-hub:{repository}")
         operations = [CommitOperationAdd(name, run / "best" / name) for name in BEST]
         operations.append(CommitOperationAdd(card_of(run).name, card.encode()))
         with _patiently_and_quietly():
@@ -161,7 +161,16 @@ def card_of(run: Path) -> Path:
 
 
 def write_card(run: Path) -> None:
-    """Write the model card of a run from what its folder says.
+    """Write the model card of a run that has ended; UserError if a file of its folder is missing or damaged."""
+    text = read_card(run)
+    try:
+        write_whole(card_of(run), text)
+    except OSError as error:
+        raise UserError(f"{card_of(run)} can't be written ({error.strerror or error})") from error
+
+
+def read_card(run: Path) -> str:
+    """The model card of a run, from what its folder says.
 
     Raises:
         UserError: a file of the folder is missing or damaged.
@@ -172,8 +181,8 @@ def write_card(run: Path) -> None:
     try:
         if summary and summary.get("epochs") != len(history):
             summary = {}  # of an earlier end: the run was resumed with another phase, and best/ may be newer
-        write_whole(card_of(run), card(config, best, history, summary))
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return card(config, best, history, summary)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"the model card of {run} can't be written ({problem}): is a file damaged?") from error
 
@@ -209,7 +218,7 @@ def card(config: Config, best: dict, history: list[dict], summary: dict) -> str:
         "Weights start from": origin,
         "Data": f"{source}, split {config.data.train_split}",
         "Classes": len(classes),
-        "Images": f"{width}x{height} pixels, RGB" + (", resized to that, bilinear" if config.data.image_size else ""),
+        "Images": f"{width}x{height} pixels, RGB" + (", brought to that, bilinear" if config.data.image_size else ""),
         "Mean and std": f"{_numbers(cfg['mean'])} and {_numbers(cfg['std'])}, of values from 0 to 1, by channel",
     }
     parts = [
@@ -336,21 +345,23 @@ def _origin(config: Config, cfg: dict) -> tuple[str, str | None]:
 
 
 def _example(architecture: str) -> str:
-    lines = ["import timm", "import torch", "from torchvision.transforms import v2"]
+    lines = ["import timm", "import torch", "from PIL import Image, ImageOps", "from torchvision.transforms import v2"]
     if architecture in models.default_cfgs:
         lines.append(f"import models  # models.py of Phases, which registers {architecture} with timm")
     lines += [
         "",
         f'model = timm.create_model("{HERE}", pretrained=True).eval()',
         "cfg = model.pretrained_cfg",
+        'height, width = cfg["input_size"][1:]',
         "prepare = v2.Compose([",
         "    v2.ToImage(),",
         "    v2.ToDtype(torch.float32, scale=True),",
-        '    v2.Resize(cfg["input_size"][1:], antialias=True),',
         '    v2.Normalize(cfg["mean"], cfg["std"]),',
         "])",
+        "# image: of PIL, of any size; what is of another shape is cropped around its middle",
+        'image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)',
         "with torch.inference_mode():",
-        '    logits = model(prepare(image.convert("RGB")).unsqueeze(0))  # image: of PIL',
+        "    logits = model(prepare(image).unsqueeze(0))",
         'print(cfg["label_names"][logits.argmax()])',
     ]
     before = "It takes the project that trained it: run this in its folder.\n\n" * (architecture in models.default_cfgs)

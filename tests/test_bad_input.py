@@ -291,7 +291,7 @@ CASES = [
     source("a corrupt image, through a worker", 1, parquet(rows(image_7=PNGS[7]["bytes"][:200])), "the image in row 7 ",
            "of split 'train' can't be decoded: ", options="--data.workers 1 --data.batch_size 2"),
     source("a corrupt first image", 1, parquet(rows(image_0=b"?")), "the image in row 0 of split 'train' ",
-           "can't be decoded: it is in no format that Pillow reads; mend or remove it, or --data.on_corrupt skip"),
+           "can't be decoded: it is in no format that is read here; mend or remove it, or --data.on_corrupt skip"),
     source("a corrupt image in a stream", 1, parquet(rows(image_0=b"?")), "an image of 1 bytes (BLAKE2b ",
            "--data.streaming false names its row", options="--data.streaming true"),
     source("a corrupt file", 1, folder_of_images(cat_00=b""),

@@ -1,8 +1,12 @@
+import os
+
 import numpy as np
 import pytest
 
 import corruptions
+import data
 import distorted
+from config import DataConfig
 from errors import UserError
 
 ROWS = 4  # of each severity, instead of 10,000
@@ -24,7 +28,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_courses_rows_in_their_order(folder):
-    files = distorted.course(folder, 100)
+    files = distorted.course(folder)
     assert len(files) == 19 * 5 * ROWS
     batch = files.__getitems__([0, 5 * ROWS - 1, 5 * ROWS, len(files) - 1])
     assert batch["image"].shape == (4, 3, 8, 8)
@@ -42,13 +46,23 @@ def test_ids_of_the_real_size():
 
 @pytest.mark.parametrize("limit", [None, 3, 100])
 def test_cifar100c_is_in_the_order_of_the_table(folder, limit):
-    files, rows = distorted.cifar100c(folder, 100, limit), min(limit or ROWS, ROWS)
+    files, rows = distorted.cifar100c(folder, limit), min(limit or ROWS, ROWS)
     assert len(files) == distorted.CELLS * rows
     batch = files.__getitems__(list(range(len(files))))
     assert batch["label"].tolist() == list(range(rows)) * distorted.CELLS
     cells = batch["image"][:, 0, 1, 1].view(19, 5, rows)
     assert (cells == cells[:, :, :1]).all()
     assert cells[3].unique().tolist() == [30, 31, 32, 33, 34]
+
+
+def header(text: str) -> bytes:
+    """An .npy file of version 1 that has this text for a header, and nothing behind it."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def archive(path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, np.zeros(20))
 
 
 @pytest.mark.parametrize(
@@ -60,6 +74,15 @@ def test_cifar100c_is_in_the_order_of_the_table(folder, limit):
         (lambda path: path.write_bytes(b"no array"), "can't be read"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "can't be read"),
         (lambda path: np.save(path, np.array([{}] * 20), allow_pickle=True), "can't be read"),
+        (archive, "can't be read"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 no archive"), "can't be read"),
+        (lambda path: path.write_bytes(header("((((")), "can't be read"),
+        (
+            lambda path: path.write_bytes(
+                header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({9 * 10**30},)}}")
+            ),
+            "can't be read",
+        ),
     ],
 )
 def test_each_file_is_looked_at_first(folder, damage, said):
@@ -67,24 +90,45 @@ def test_each_file_is_looked_at_first(folder, damage, said):
         path = folder / f"{names[7]}.npy"
         damage(path)
         with pytest.raises(UserError) as caught:
-            opened(folder, 100)
+            opened(folder)
         assert f"{path.name} {said}" in str(caught.value)
         assert caught.value.exit_code == 2
 
 
-def test_labels_and_classes_are_looked_at(folder):
-    with pytest.raises(UserError, match="the run's of 10"):
-        distorted.course(folder, 10)
-    with pytest.raises(UserError, match="labels from 0 to 3, but the model knows 3 classes"):
-        distorted.cifar100c(folder, 3)
+def test_labels_are_looked_at(folder):
+    np.save(folder / "labels.npy", np.full(5 * ROWS, 100))
+    with pytest.raises(UserError, match="labels from 100 to 100; they must be 0 to 99"):
+        distorted.cifar100c(folder)
     np.save(folder / "labels.npy", np.zeros(7, dtype=int))
-    with pytest.raises(UserError, match=r"labels.npy has int64 of shape \(7,\), not 20 whole numbers"):
-        distorted.cifar100c(folder, 100)
-    (folder / "labels.npy").unlink()
+    with pytest.raises(UserError, match=r"labels.npy has int64 of shape \(7,\); it must be 20 whole numbers"):
+        distorted.cifar100c(folder)
+    (folder / "labels.npy").write_bytes(header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,)}"))
     with pytest.raises(UserError, match=r"labels.npy can't be read"):
-        distorted.cifar100c(folder, 100)
+        distorted.cifar100c(folder)
+    (folder / "labels.npy").unlink()
+    with pytest.raises(UserError, match=r"labels.npy is missing"):
+        distorted.cifar100c(folder)
     with pytest.raises(UserError, match="there is no folder"):
-        distorted.course(folder / "nowhere", 100)
+        distorted.course(folder / "nowhere")
+
+
+def test_labels_are_cifar_100s_classes_or_numbers():
+    names = list(distorted.CIFAR100)
+    assert len(set(names)) == 100 and names == sorted(names)
+    assert distorted.known_classes(names[::-1], "--ood") == names
+    numbers = [str(number) for number in range(100)]
+    assert distorted.known_classes(numbers, "--ood") == numbers
+    for others in (names[:99], [*names[:99], "unicorn"], ["yes", "no"]):
+        with pytest.raises(UserError, match="--ood: its images are of CIFAR-100's classes"):
+            distorted.known_classes(others, "--ood")
+
+
+@pytest.mark.real_data
+def test_the_classes_are_those_of_the_real_data():
+    folder = os.environ.get("CIFAR100")
+    if not folder:
+        pytest.skip("set CIFAR100 to a folder with CIFAR-100's train-*.parquet and test-*.parquet")
+    assert data.load(DataConfig(source=folder)).class_names == list(distorted.CIFAR100)
 
 
 def test_what_happens_to_an_image_does_not_depend_on_its_batch():

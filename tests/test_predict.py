@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 
 import datasets
@@ -137,7 +138,7 @@ def test_other_data_with_the_same_classes_in_another_order(run, parquet, tmp_pat
     names = data.load(DataConfig(source=str(parquet))).class_names
     relabelled(parquet, other, names[::-1], lambda label: 99 - label)
     judge(run, "--data.source", str(other), "--data.image", "image", "--data.label", "label")
-    one, two = figures(run), figures(run, "other-data-test")
+    one, two = figures(run), figures(run, "other-data-image-label-test")
     for key in ("loss", "top1", "top5", "ece", "confusion", "per_class"):
         assert one[key] == two[key], key
     assert two["superclasses"] is None
@@ -146,7 +147,9 @@ def test_other_data_with_the_same_classes_in_another_order(run, parquet, tmp_pat
 
 def test_data_of_other_classes_are_refused(run, parquet, tmp_path):
     relabelled(parquet, tmp_path, ["yes", "no"], lambda label: label % 2)
-    with pytest.raises(UserError, match="its classes yes, no are none of the 100 that this run was trained on"):
+    with pytest.raises(
+        UserError, match=r"data.source: its classes yes, no are none of the 100 that this run was trained on"
+    ):
         judge(run, "--data.source", str(tmp_path))
 
 
@@ -187,15 +190,58 @@ def test_views_are_averaged(run, parquet):
     assert figures(run, "mirrored-test-flips")["loss"] == pytest.approx(flipped["loss"], rel=1e-4)
 
 
-def test_two_processes_find_what_one_does(run, command):
-    judge(run)
-    alone = figures(run), table(run / "predictions" / "test.csv")
-    result = command("predict.py", str(run), launcher=TORCHRUN, env=TWO_PROCESSES)
+def test_other_data_may_be_a_test_split_alone(run, parquet, tmp_path):
+    """Of one class, even; and nobody looks through training rows."""
+    rows = data.load(DataConfig(source=str(parquet))).test
+    folder = tmp_path / "photos" / "test" / rows.features["fine_label"].names[rows[0]["fine_label"]]
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(rows[0]["img"]["bytes"])
+    judge(run, "--data.source", tmp_path / "photos", "--data.image", "image", "--data.label", "label")
+    found = figures(run, "photos-image-label-test")
+    judge(run, "--limit", "1")
+    assert found["loss"] == pytest.approx(figures(run, "test-limit1")["loss"], rel=1e-5)
+
+
+def test_figures_of_chosen_data_replace_none_of_the_runs_own(run):
+    judge(run, "--split", "validation")
+    own = figures(run, "validation")
+    judge(run, "--data.test_split", "train", "--limit", "5")
+    judge(run, "--split", "validation", "--data.train_split", "test")
+    assert figures(run, "validation") == own
+    assert figures(run, "train-test-limit5")["rows"] == 5
+    assert figures(run, "test-validation")["rows"] < 80
+
+
+def test_two_processes_find_what_one_does(run, command, files, pictures):
+    """Images that differ in size, too, which come in batches of different shapes."""
+    modes = {
+        "test": [],
+        "images-pictures": ["--images", str(pictures)],
+        "robustness-limit3": ["--robustness", "--limit", "3"],
+    }
+    for mode in modes.values():
+        judge(run, *mode)
+    suffixes = {"test": ".json", "images-pictures": ".csv", "robustness-limit3": ".json"}
+    alone = {name: (run / "predictions" / f"{name}{suffix}").read_text() for name, suffix in suffixes.items()}
+    shutil.rmtree(run / "predictions")
+    script = """
+import json, sys, accelerate, predict
+accelerate.Accelerator.end_training = lambda _: None  # only the last one's end is that of the processes
+for options in json.loads(sys.argv[1]):
+    predict.predict(*predict.parse(options))
+"""
+    options = json.dumps([[str(run), *mode] for mode in modes.values()])
+    (run / "judge.py").write_text(script)
+    result = command(str(run / "judge.py"), options, launcher=TORCHRUN, env=TWO_PROCESSES)
     assert result.returncode == 0, result.stderr[-3000:]
-    together = figures(run), table(run / "predictions" / "test.csv")
-    assert [row["id"] for row in alone[1]] == [row["id"] for row in together[1]]
-    assert alone[0]["confusion"] == together[0]["confusion"]
-    assert together[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-5)
+    one, two = json.loads(alone["test"]), figures(run)
+    for key in ("confusion", "rows", "top5", "superclasses"):
+        assert one[key] == two[key], key
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert [mistake["id"] for mistake in one["mistakes"]] == [mistake["id"] for mistake in two["mistakes"]]
+    assert json.loads(alone["robustness-limit3"])["corruptions"] == figures(run, "robustness-limit3")["corruptions"]
+    found = [line.split(",")[:2] for line in (run / "predictions" / "images-pictures.csv").read_text().splitlines()]
+    assert found == [line.split(",")[:2] for line in alone["images-pictures"].splitlines()]
     assert result.stdout.count("expected calibration error") == 1
 
 
@@ -217,11 +263,42 @@ def test_a_folder_of_images(run, parquet, tmp_path):
         assert {**one, "id": ""} == {**two, "id": ""}
 
     Image.new("RGB", (300, 200)).save(folder / "large.jpg")  # of another size and shape
+    Image.new("RGB", (32, 32)).save(folder / "http::b.png")
     (folder / "z.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"z.jpg can't be decoded: it is in no format that Pillow reads"):
+    with pytest.raises(UserError, match=r"z.jpg can't be decoded: it is in no format that is read here"):
         judge(run, "--images", folder)
     judge(run, "--images", folder, "--data.on_corrupt", "skip", "--output", tmp_path / "out.csv")
-    assert [row["id"] for row in table(tmp_path / "out.csv")][-1] == "large.jpg"
+    assert [row["id"] for row in table(tmp_path / "out.csv")][-2:] == ["http::b.png", "large.jpg"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """35 files, of which the middle ones are of another size."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(35):
+        side = 36 if 16 <= number < 32 else 32
+        pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def test_what_is_no_picture_made_of_pixels_is_not_opened(run, pictures):
+    """PostScript is a program: Pillow would have Ghostscript run it."""
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    for name in ("drawing.eps", "features.h5"):
+        (pictures / name).write_bytes(program)
+    judge(run, "--images", pictures)
+    assert len(table(run / "predictions" / "images-pictures.csv")) == 35
+    (pictures / "zz.png").write_bytes(program)
+    with pytest.raises(UserError, match=r"zz.png can't be decoded: it is in no format that is read here"):
+        judge(run, "--images", pictures)
+
+
+def test_names_that_are_no_proper_text(run, pictures):
+    os.rename(pictures / "00.png", os.fsencode(pictures) + b"/\xff.png")
+    judge(run, "--images", pictures)
+    assert table(run / "predictions" / "images-pictures.csv")[-1]["id"] == "\\udcff.png"
 
 
 # ---- distorted images -----------------------------------------------------------------------------------------------
@@ -236,9 +313,11 @@ def files(tmp_path, parquet, monkeypatch):
     images = np.stack([np.asarray(data.decode(row["img"])) for row in rows])
     folder = tmp_path / "files"
     folder.mkdir()
+    names = rows.features["fine_label"].names
+    monkeypatch.setattr(distorted, "CIFAR100", tuple(names[::-1]))  # the files' classes, in an order of their own
     for name in (*distorted.COURSE, *corruptions.NAMES):
         np.save(folder / f"{name}.npy", np.tile(images, (5, 1, 1, 1)))
-    np.save(folder / "labels.npy", np.tile(rows["fine_label"], 5))
+    np.save(folder / "labels.npy", 99 - np.tile(rows["fine_label"], 5))
     return folder
 
 
@@ -252,7 +331,7 @@ def test_the_courses_submission(run, files):
         for severity in range(1, 6)
         for image in range(ROWS)
     ]
-    expected = [row["label"] for row in table(run / "predictions" / "test.csv")[:ROWS]]
+    expected = [str(99 - int(row["label"])) for row in table(run / "predictions" / "test.csv")[:ROWS]]
     assert [row["label"] for row in rows] == expected * 95
     assert list(rows[0]) == ["id", "label"]
 
@@ -260,7 +339,7 @@ def test_the_courses_submission(run, files):
 def test_the_published_corruptions(run, files):
     judge(run)
     judge(run, "--cifar100c", files)
-    labels = np.load(files / "labels.npy")[:ROWS]
+    labels = 99 - np.load(files / "labels.npy")[:ROWS]
     predicted = [int(row["label"]) for row in table(run / "predictions" / "test.csv")[:ROWS]]
     found = figures(run, "cifar100c")
     assert found["mean19"] == found["mean15"] == pytest.approx((labels == predicted).mean())
@@ -286,6 +365,53 @@ def test_corruptions_made_here(run, monkeypatch, capsys):
 # ---- what can be wrong ----------------------------------------------------------------------------------------------
 
 
+def test_images_of_several_sizes_are_corrupted_at_the_models(run, pictures, parquet, tmp_path):
+    names = data.load(DataConfig(source=str(parquet))).class_names
+    folder = tmp_path / "mixed" / "test" / names[0]
+    shutil.copytree(pictures, folder)
+    options = ("--data.source", tmp_path / "mixed", "--data.image", "image", "--data.label", "label")
+    judge(run, "--robustness", *options, "--data.batch_size", "10")
+    assert figures(run, "mixed-image-label-robustness")["rows"] == 35
+    with pytest.raises(UserError, match=r"takes more than data.keep_mb 0 MB: raise it, or give a --limit"):
+        judge(run, "--robustness", "--data.keep_mb", "0")
+
+
+def test_two_classes_that_are_not_square(parquet, tmp_path, pictures):
+    """Fewer classes than five, and a size to which nothing is brought."""
+    folder = tmp_path / "wide"
+    for number in range(40):
+        place = folder / ("train" if number < 30 else "test") / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 24), (number, 100 * (number % 2), 0)).save(place / f"{number}.png")
+    tree = {
+        "model": {"name": "test_resnet"},
+        "data": {"source": str(folder), "batch_size": 8, "workers": 0},
+        "phases": {"only": phase()},
+        "output_dir": str(tmp_path),
+        "run_name": "wide-run",
+        "tracking": "none",
+    }
+    run = train.train(check(tree, "test"))
+    judge(run, "--tta", "shifts")
+    assert figures(run, "test-shifts")["top5"] == 1
+    judge(run, "--robustness", "--limit", "2")
+    judge(run, "--images", folder / "test")
+    assert len(table(run / "predictions" / "images-test.csv")) == 10
+    with pytest.raises(UserError, match="images of 32x32 pixels: this run's model takes 32x24, and only to square"):
+        judge(run, "--images", pictures, "--limit", "2")
+
+
+def test_a_run_with_pretrained_weights_needs_no_hub(run, command):
+    """What it started from is of no interest any more, even where no checkpoint is left."""
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    recorded["model"]["pretrained"] = True
+    (run / "config.yaml").write_text(yaml.safe_dump(recorded))
+    shutil.rmtree(run / "checkpoints")
+    result = command("predict.py", str(run), "--limit", "3", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert result.returncode == 0, result.stderr
+    assert "hub" not in result.stderr
+
+
 def test_a_folder_without_trained_weights_is_told(tmp_path, command):
     result = command("predict.py", str(tmp_path))
     assert result.returncode == 2
@@ -307,6 +433,11 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
         (["--ood", "nowhere"], "--ood: there is no folder nowhere"),
         (["--cifar100c", "docs"], "gaussian_noise.npy is missing"),
         (["--output", "nowhere/x.csv"], "--output: there is no folder"),
+        (["--output", "."], "--output: . is a folder: name a file in it"),
+        (["--output", "docs"], "--output: docs is a folder: name a file in it"),
+        (["--seed", "1"], "--seed: it is the seed of --robustness"),
+        (["--images", "docs", "--data.source", "embedded"], "--data.source: it chooses labelled data"),
+        (["--push_to_hub", "a/b", "--tta", "flips"], "--tta: an upload predicts nothing"),
         (["--data.test_split", "null"], "has no test split|have no test split"),
     ],
 )
@@ -314,6 +445,12 @@ def test_options_that_make_no_sense_are_told(run, options, message):
     with pytest.raises(UserError, match=message):
         judge(run, *options)
     assert not list(run.glob("predictions/*"))
+
+
+def fewer_classes(described: bytes) -> bytes:
+    """best/config.json with names for 7 of the 100 classes that the weights are of."""
+    described = json.loads(described)
+    return json.dumps(described | {"label_names": described["label_names"][:7]}).encode()
 
 
 @pytest.mark.parametrize(
@@ -324,11 +461,13 @@ def test_options_that_make_no_sense_are_told(run, options, message):
         ("config.json", b'{"label_names": "ab", "pretrained_cfg": {"input_size": [3, 32, 32]}}'),
         ("config.json", b'{"label_names": ["a", 1], "pretrained_cfg": {"input_size": [3, 32, 32]}}'),
         ("config.json", b'{"label_names": ["a", "b"], "pretrained_cfg": {"input_size": [3, -1, "x"]}}'),
+        ("config.json", fewer_classes),
         ("model.safetensors", b"no tensors"),
     ],
 )
 def test_damaged_weights_are_told(run, name, content):
-    (run / "best" / name).write_bytes(content)
+    path = run / "best" / name
+    path.write_bytes(content(path.read_bytes()) if callable(content) else content)
     with pytest.raises(UserError, match=r"is damaged|is not a safetensors file"):
         judge(run)
 
@@ -344,7 +483,6 @@ def test_nothing_is_left_of_what_went_wrong(run, monkeypatch):
     judge(run)
     before = {path: path.read_bytes() for path in (run / "predictions").iterdir() if path.is_file()}
     monkeypatch.setattr(predict.Classification, "compute", lambda *_: (_ for _ in ()).throw(UserError("broken")))
-    monkeypatch.setattr(predict.Classification, "add", lambda *_: (_ for _ in ()).throw(UserError("broken")))
     with pytest.raises(UserError, match="broken"):
         judge(run, "--tta", "flips")
     assert before == {path: path.read_bytes() for path in (run / "predictions").iterdir() if path.is_file()}
@@ -361,3 +499,10 @@ def test_the_precision_is_that_of_the_training(run):
         forget_accelerate()
         judge(run, "--limit", "2")
         assert figures(run, "test-limit2")["precision"] == expected
+
+
+def test_the_files_classes_are_cifar_100s(run, files, monkeypatch):
+    monkeypatch.setattr(distorted, "CIFAR100", distorted.CIFAR100[:99])
+    for option in ("--ood", "--cifar100c"):
+        with pytest.raises(UserError, match=f"{option}: its images are of CIFAR-100's classes"):
+            judge(run, option, files)

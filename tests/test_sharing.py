@@ -1,6 +1,7 @@
 """The model card, and its upload with the weights to a hub on loopback."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from test_launch import TORCHRUN, TWO_PROCESSES
 
 import augment
 import checkpoint
+import data
 import launch
 import models
 import runs
@@ -209,14 +211,17 @@ def test_the_cards_example_gives_the_logits_of_evaluation(ended, name, tmp_path,
     code = re.search(r"```python\n(.*?)```", card_text(run), re.DOTALL)[1]
     assert ("import models" in code) == (name == "simple_cnn")
     torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8)
+    picture = Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy())
     (tmp_path / "example.py").write_text(code)
     monkeypatch.chdir(run)  # from where local-dir:best is
-    got = runpy.run_path(str(tmp_path / "example.py"), {"image": Image.fromarray(pixels.numpy())})
+    got = runpy.run_path(str(tmp_path / "example.py"), {"image": picture})
     model = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
     _, transform = augment.build(check(read_yaml(run / "config.yaml"), "x"), model.pretrained_cfg, torch.device("cpu"))
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
+    rows = [{"image": {"bytes": encoded.getvalue(), "path": None}, "label": 0}]
     with torch.no_grad():
-        logits = model(transform(pixels.permute(2, 0, 1)[None]))
+        logits = model(transform(data.Collate("image", "label", 5, (40, 50), 32)(rows)["image"]))
     torch.testing.assert_close(got["logits"], logits)
     assert capsys.readouterr().out.strip() == f"class{int(logits.argmax())}"
 
@@ -416,6 +421,7 @@ def test_a_run_that_has_not_ended_is_uploaded_with_a_card_that_says_so(server, e
     (run / "summary.json").unlink()
     sharing.push(run, "user/model")
     assert "The run has not ended" in (tmp_path / "hub" / "model" / "README.md").read_text()
+    assert not sharing.card_of(run).exists(), "it would soon be wrong"
 
 
 @pytest.mark.parametrize(
