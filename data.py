@@ -264,7 +264,10 @@ def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
     """The image and the label column: as named, otherwise found by their types."""
     for option, name in (("data.image", config.image), ("data.label", config.label)):
         if name and name not in features:
-            raise UserError(f"{option}: there is no column '{name}'; {config.source} has {', '.join(features)}", USAGE)
+            raise UserError(
+                f"{option}: there is no column '{name}'; {config.source} has {', '.join(features)}: name one of them",
+                USAGE,
+            )
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if not config.image and len(images) != 1:
@@ -401,7 +404,10 @@ def decode(encoded: Mapping | None) -> PILImage.Image:
     """
     content = _bytes(encoded)
     try:
-        return PILImage.open(io.BytesIO(content), formats=FORMATS).convert("RGB")
+        image = ImageOps.exif_transpose(PILImage.open(io.BytesIO(content), formats=FORMATS))  # as the camera was held
+        if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow's conversion would cut off what is above 255
+            image = PILImage.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+        return image.convert("RGB")
     except UnidentifiedImageError:
         raise CorruptImage("it is in no format that is read here" if content else "it is empty") from None
     except Exception as error:  # Pillow's readers raise a dozen types on broken bytes

@@ -20,7 +20,7 @@ import re
 from pathlib import Path
 
 import hub
-from config import Config, Parser, add_data_options, overridden, read_yaml
+from config import Config, Parser, add_data_options, hub_id, overridden, read_yaml
 from errors import USAGE, UserError, told
 
 WHICH_DATA = ("source", "train_split", "test_split", "image", "label")
@@ -63,7 +63,9 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
         metavar="DIR",
         help="the course's distortion00.npy to distortion18.npy: writes a submission of 950,000 rows",
     )
-    what.add_argument("--push_to_hub", metavar="ID", help="upload best/ with its model card as USER/MODEL")
+    what.add_argument(
+        "--push_to_hub", type=_hub_id, metavar="ID", help="upload best/ with its model card as USER/MODEL"
+    )
     parser.add_argument(
         "--tta",
         choices=("flips", "shifts"),
@@ -80,10 +82,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     add_data_options(parser, WHICH_DATA + HOW_READ, "data", about)
     args = parser.parse_args(argv)
     _check_together(args)
-    for needed in ("config.yaml", "best/config.json", "best/model.safetensors"):
-        if not (args.run / needed).is_file():
-            raise UserError(f"{args.run} is not a run with trained weights: it has no {needed}", USAGE)
     path = args.run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{args.run} is not a run folder: it has no config.yaml", USAGE)
+    for needed in ("best/config.json", "best/model.safetensors"):
+        if not (args.run / needed).is_file():
+            raise UserError(
+                f"{args.run} has no {needed}: the run has not finished an epoch, or lost its weights", USAGE
+            )
     tree, overrides = read_yaml(path), {key: value for key, value in vars(args).items() if key.startswith("data.")}
     config = overridden(tree | {"tracking": "none"}, overrides, path)
     # The weights are the run's own: nothing else is wanted from the hub than, perhaps, the data.
@@ -105,6 +111,10 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError(f"--data.{chosen}: it chooses labelled data, for --split and --robustness", USAGE)
     if args.output and (not args.output.name or args.output.is_dir()):
         raise UserError(f"--output: {args.output} is a folder: name a file in it", USAGE)
+    if args.output and args.output.exists() and not args.output.is_file():
+        raise UserError(f"--output: {args.output} is no file that can be replaced", USAGE)
+    if args.images and not args.images.is_dir():
+        raise UserError(f"--images: there is no folder {args.images}", USAGE)
 
 
 def _positive(text: str) -> int:
@@ -113,6 +123,13 @@ def _positive(text: str) -> int:
 
 def _seed(text: str) -> int:
     return _at_least(0, text)
+
+
+def _hub_id(text: str) -> str:
+    try:
+        return hub_id(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, not {text}") from None
 
 
 def _at_least(least: int, text: str) -> int:
@@ -251,8 +268,6 @@ def _name(args: argparse.Namespace, part: str) -> str:
 def image_files(folder: Path) -> list[Path]:
     """All files below a folder that have an image's name, sorted; UserError if there are none."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in data.FORMATS}
-    if not folder.is_dir():
-        raise UserError(f"--images: there is no folder {folder}", USAGE)
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and path.is_file()]
     if not paths:
         raise UserError(f"--images: {folder} holds no image files", USAGE)

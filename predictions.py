@@ -15,7 +15,9 @@ from PIL import Image
 from errors import UserError, plain
 from inference import Predicted
 from metrics import IGNORED
+from sharing import DIRECTION
 
+WIDEST = 40  # characters of a class's name in a table
 COLUMNS = ("id", "label", "name", "probability", "top5")
 
 
@@ -51,7 +53,8 @@ def whole_csv(accelerator: Accelerator, path: Path, columns: tuple[str, ...]) ->
     if not accelerator.is_main_process:
         yield lambda rows: None
         return
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    path = Path(os.path.realpath(path))  # a link stays one
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
         # Names of files and classes come from outside, and may be no proper Unicode.
         file = unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="")
@@ -110,7 +113,7 @@ class Mistakes:
     def write(self, folder: Path, name: str, class_names: list[str]) -> list[dict]:
         """Save the pictures as mistakes/NAME/NN.png below the folder, the most confident first, and describe them."""
         pictures, told = folder / "mistakes" / name, []
-        unfinished = pictures.with_name(f".{name}.unfinished")
+        unfinished = pictures.with_name(f".{name}.{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         for number, (probability, _, row, true, predicted, image) in enumerate(self.heap):
@@ -145,14 +148,24 @@ def describe(result: dict) -> str:
         lines += _accuracies("hardest classes", classes[:5]) + _accuracies("easiest classes", classes[:-6:-1])
     if result["confused"]:
         lines.append("most confused (true: taken for)")
-        lines += [f"  {one['true']}: {one['predicted']}, {one['share']:.1%}" for one in result["confused"][:10]]
+        for one in result["confused"][:10]:
+            lines.append(f"  {shown(one['true'])}: {shown(one['predicted'])}, {one['share']:.1%}")
     return "\n".join(map(plain, lines))
 
 
 def _accuracies(title: str, rows: list[dict]) -> list[str]:
-    width = max(len(plain(name)) for name in (title, *(one["name"] for one in rows)))
-    lines = [f"  {plain(one['name']):{width}}  {_percent(one['top1']):>7}  {one['rows']:6,}" for one in rows]
+    names = [shown(one["name"]) for one in rows]
+    width = max(map(len, (title, *names)))
+    lines = [
+        f"  {name:{width}}  {_percent(one['top1']):>7}  {one['rows']:6,}" for name, one in zip(names, rows, strict=True)
+    ]
     return [f"  {title:{width}}    top-1  images", *lines]
+
+
+def shown(name: str) -> str:
+    """A class's name as it fits a table: without signs that turn the text around, and not too long."""
+    name = plain(DIRECTION.sub("", name))
+    return name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…"
 
 
 def _percent(value: float | None) -> str:

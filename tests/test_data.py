@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import ExifTags
 from PIL import Image as PILImage
 
 import data
@@ -217,6 +218,24 @@ def test_every_validation_row_comes_exactly_once(parquet, streaming, workers):
 
 
 # ---- decoding and batches ---------------------------------------------------------------------------------------
+
+
+def test_16_bits_a_pixel_become_8():
+    """Pillow's own conversion cuts off what is above 255, and so makes nearly all of it white."""
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    image = np.asarray(data.decode(encode(PILImage.fromarray(ramp), "PNG")))
+    assert (image == (ramp // 257)[..., None]).all()
+    assert image.max() == 255 and len(np.unique(image)) == 64
+
+
+def test_a_photo_stands_as_the_camera_was_held():
+    upright = PILImage.new("RGB", (8, 16), (250, 10, 10))
+    upright.paste((10, 10, 250), (0, 0, 8, 4))
+    exif = PILImage.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # stored lying on its left side
+    file = io.BytesIO()
+    upright.transpose(PILImage.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
+    assert np.array_equal(data.decode({"bytes": file.getvalue(), "path": None}), upright)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])

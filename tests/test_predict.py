@@ -20,6 +20,7 @@ import predict
 import train
 from config import DataConfig, check
 from errors import UserError
+from predictions import shown
 
 ROWS = 3  # of each severity of the small .npy files
 
@@ -102,6 +103,19 @@ def test_a_validation_rows_id_is_its_row_in_the_training_split(run, parquet):
     ids = [int(row["id"]) for row in table(run / "predictions" / "validation.csv")]
     assert ids == list(source.validation[data.ROW])
     assert ids != list(range(len(ids)))
+
+
+def test_a_link_stays_one(run, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    judge(run, "--limit", "3", "--output", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink()
+    assert len(table(tmp_path / "real.csv")) == 3
+
+
+def test_names_fit_the_terminals_tables():
+    assert shown("cat") == "cat"
+    assert shown("\u202ecat\x1b[31m") == "cat [31m"
+    assert len(shown("x" * 200)) == 40
 
 
 def test_a_stream_is_predicted_in_its_order(run):
@@ -415,7 +429,10 @@ def test_a_run_with_pretrained_weights_needs_no_hub(run, command):
 def test_a_folder_without_trained_weights_is_told(tmp_path, command):
     result = command("predict.py", str(tmp_path))
     assert result.returncode == 2
-    assert result.stderr == f"error: {tmp_path} is not a run with trained weights: it has no config.yaml\n"
+    assert result.stderr == f"error: {tmp_path} is not a run folder: it has no config.yaml\n"
+    (tmp_path / "config.yaml").write_text("recipe: x")
+    with pytest.raises(UserError, match=r"has no best/config.json: the run has not finished an epoch, or lost its w"):
+        judge(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -435,6 +452,8 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
         (["--output", "nowhere/x.csv"], "--output: there is no folder"),
         (["--output", "."], "--output: . is a folder: name a file in it"),
         (["--output", "docs"], "--output: docs is a folder: name a file in it"),
+        (["--output", "/dev/full"], "--output: /dev/full is no file that can be replaced"),
+        (["--push_to_hub", "nonsense"], "push_to_hub: should be NAME/MODEL"),
         (["--seed", "1"], "--seed: it is the seed of --robustness"),
         (["--images", "docs", "--data.source", "embedded"], "--data.source: it chooses labelled data"),
         (["--push_to_hub", "a/b", "--tta", "flips"], "--tta: an upload predicts nothing"),
