@@ -7,7 +7,6 @@ validation split, the decoding and the loaders are the same for all, streamed or
 import dataclasses
 import glob
 import hashlib
-import io
 import os
 import signal
 from collections.abc import Mapping
@@ -21,9 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
-from datasets.utils.file_utils import xopen
-from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
@@ -31,22 +27,12 @@ from tqdm import tqdm
 import embedded
 import hub
 from config import DataConfig
+from decoding import ROW, Collate, CorruptImage, bytes_of, corrupt, decode
 from errors import USAGE, UserError, first_line
-from metrics import IGNORED
-
-ROW = "__row__"  # column with a memory-mapped row's number within its split, for messages
 
 FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
 
-PILImage.init()
-# Pictures made of pixels. Pillow hands others to programs that run what is in them: Ghostscript, for one.
-PIXELS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-FORMATS = tuple(name for name in PIXELS if name in PILImage.OPEN)
-
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
-
-if not hub.offline():
-    hub.persist()  # here, so that a loader's worker that is not forked has it too: it imports this for `Collate`
 
 
 @dataclass(frozen=True)
@@ -157,7 +143,7 @@ def hold_out(dataset, image: str, folds: int, fold: int):
 
 
 def _on_side(encoded: list[Mapping], folds: int, fold: int, validation: bool) -> list[bool]:
-    digests = [hashlib.blake2b(_bytes(image), digest_size=8).digest() for image in encoded]
+    digests = [hashlib.blake2b(bytes_of(image), digest_size=8).digest() for image in encoded]
     return [(int.from_bytes(digest, "big") % folds == fold) == validation for digest in digests]
 
 
@@ -374,125 +360,7 @@ def _classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], 
     return np.unique(values)
 
 
-# ---- decoding and loaders ---------------------------------------------------------------------------------------
-
-
-class CorruptImage(Exception):
-    """Bytes that are not an image that Pillow can read."""
-
-
-def _bytes(encoded: Mapping | None) -> bytes:
-    """The bytes of an encoded image, none where a row has no image."""
-    if not encoded or (encoded["bytes"] is None and encoded["path"] is None):
-        return b""
-    if encoded["bytes"] is not None:
-        return encoded["bytes"]
-    try:
-        # What is on this disk is read as what it is called; to the other one `::` in a name means something.
-        with (open if os.path.isfile(encoded["path"]) else xopen)(encoded["path"], "rb") as file:
-            return file.read()
-    except Exception as error:  # from a missing file to a lost connection
-        raise UserError(f"{encoded['path']} can't be read: {first_line(error)}") from error
-
-
-def decode(encoded: Mapping | None) -> PILImage.Image:
-    """An encoded image ({"bytes", "path"}) as an RGB PIL image, whatever mode it was stored in.
-
-    Raises:
-        CorruptImage: the bytes are not an image that Pillow can read.
-        UserError: there are no bytes to be had from its path.
-    """
-    content = _bytes(encoded)
-    try:
-        image = ImageOps.exif_transpose(PILImage.open(io.BytesIO(content), formats=FORMATS))  # as the camera was held
-        if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow's conversion would cut off what is above 255
-            image = PILImage.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    except UnidentifiedImageError:
-        raise CorruptImage("it is in no format that is read here" if content else "it is empty") from None
-    except Exception as error:  # Pillow's readers raise a dozen types on broken bytes
-        raise CorruptImage(first_line(error)) from error
-
-
-def corrupt(row: Mapping, image: str, split: str, error: CorruptImage) -> UserError:
-    """The error for a row whose image can't be decoded: it names the row and its file, or its bytes in a stream."""
-    content, path = _bytes(row[image]), (row[image] or {}).get("path")
-    if ROW in row:
-        where = f"the image in row {row[ROW]} of split '{split}'" + (f" ({path})" if path else "")
-    else:
-        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-        unnamed = f"an image of {len(content)} bytes (BLAKE2b {digest}; --data.streaming false names its row)"
-        where = path or unnamed
-    return UserError(f"{where} can't be decoded: {error}; mend or remove it, or --data.on_corrupt skip")
-
-
-@dataclass(frozen=True)
-class Collate:
-    """Decode rows into a batch; runs in the loader's workers.
-
-    Returns from a call:
-        dict: `image` uint8 (B, 3, H, W), `label` int64 (B,). Images keep their size; resizing to `image_size` is left
-        to the device, unless they differ in size or are larger: then they are cropped to its shape and resized here.
-        With `skip`, a row whose image can't be decoded has the label `metrics.IGNORED`.
-
-    Raises:
-        UserError: a label that is no class, images of several sizes, or one that can't be decoded.
-    """
-
-    image: str
-    label: str
-    classes: int
-    size: tuple[int, int]
-    image_size: int | None
-    split: str = "train"
-    skip: bool = False
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        labels = [row[self.label] for row in rows]
-        for label in labels:
-            if label is None or not 0 <= label < self.classes:
-                raise UserError(
-                    f"data.label: column '{self.label}' holds {label} in split '{self.split}', which is none of the "
-                    f"{self.classes} classes"
-                )
-        images = [self._decode(row) for row in rows]
-        if None in images:
-            # Batches stay full and equally large on all processes: black fills the place, and no loss counts it.
-            labels = [IGNORED if image is None else label for image, label in zip(images, labels, strict=True)]
-            filling = PILImage.new("RGB", self.size[::-1])
-            images = [image or filling for image in images]
-        expected = self.size[::-1]
-        odd = next((image.size for image in images if image.size != expected), None)
-        if self.image_size is None and odd:
-            raise UserError(
-                f"images differ in size ({expected[0]}x{expected[1]} and {odd[0]}x{odd[1]} pixels): "
-                "set the size they are all brought to, for example --data.image_size 224"
-            )
-        if self.image_size and (odd or self._must_fit()):
-            square = (self.image_size, self.image_size)
-            images = [ImageOps.fit(image, square, PILImage.Resampling.BILINEAR) for image in images]
-        pixels = np.stack([np.asarray(image) for image in images])
-        return {
-            "image": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-            "label": torch.tensor(labels),
-        }
-
-    def _decode(self, row: dict) -> PILImage.Image | None:
-        try:
-            return decode(row[self.image])
-        except CorruptImage as error:
-            if self.skip:
-                return None
-            raise corrupt(row, self.image, self.split, error) from error
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Height and width of a batch of images that are all as large as the first."""
-        return (self.image_size, self.image_size) if self._must_fit() else self.size
-
-    def _must_fit(self) -> bool:
-        height, width = self.size
-        return bool(self.image_size) and (max(height, width) > self.image_size or height != width)
+# ---- loaders ---------------------------------------------------------------------------------------------------------
 
 
 class Pixels(TorchDataset):

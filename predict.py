@@ -153,6 +153,7 @@ from PIL import Image
 
 import analysis
 import data
+import decoding
 import distorted
 import faults
 import launch
@@ -253,7 +254,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str):
         rows = rows.take(args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
         source = dataclasses.replace(source, **{part: rows})
     loader = data.loader(source, part, config, model.batch_size, seed=0)
-    return source, loader, None if config.streams else list(rows[data.ROW])
+    return source, loader, None if config.streams else list(rows[decoding.ROW])
 
 
 def _name(args: argparse.Namespace, part: str) -> str:
@@ -267,7 +268,7 @@ def _name(args: argparse.Namespace, part: str) -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """All files below a folder that have an image's name, sorted; UserError if there are none."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in data.FORMATS}
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in decoding.FORMATS}
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and path.is_file()]
     if not paths:
         raise UserError(f"--images: {folder} holds no image files", USAGE)
@@ -281,7 +282,7 @@ def images(
     rows = [{"image": {"bytes": None, "path": str(path)}, "label": 0} for path in paths]
     config = dataclasses.replace(model.config.data, source=str(args.images))
     skip = config.on_corrupt == "skip"
-    collate = data.Collate(
+    collate = decoding.Collate(
         "image", "label", 1, data.first_size(rows, "image", config, None), config.image_size, skip=skip
     )
     loader = data.batches(rows, config, model.batch_size, collate)

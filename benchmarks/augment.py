@@ -30,13 +30,14 @@ def main() -> None:
 
     import augment
     import data
+    import decoding
     from config import DataConfig, check
     from models import CIFAR100_MEAN, CIFAR100_STD
 
     source = data.load(DataConfig(source="embedded", embedded_rows=args.batch_size * 4))
     rows = [source.train[i % len(source.train)] for i in range(args.batch_size)]
-    images = [data.decode(row[source.image]) for row in rows]
-    batch = data.Collate(source.image, source.label, len(source.class_names), source.size, None)(rows)["image"]
+    images = [decoding.decode(row[source.image]) for row in rows]
+    batch = decoding.Collate(source.image, source.label, len(source.class_names), source.size, None)(rows)["image"]
     config = check({"phases": {"only": {"modules": "all", "epochs": 1, "lr": 1}}}, "benchmark")
     cfg = {"mean": CIFAR100_MEAN, "std": CIFAR100_STD}
     ours, _ = augment.build(config, cfg, torch.device("cpu"))

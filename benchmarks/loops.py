@@ -105,12 +105,13 @@ class Plain:
         from torchvision import transforms as T
 
         import data
+        import decoding
 
         class Images(Dataset):
             """As torchvision's own CIFAR100: arrays in memory, each made a PIL image and transformed when wanted."""
 
             def __init__(self, rows, transform):
-                self.arrays = [np.asarray(data.decode(row[source.image])) for row in rows]
+                self.arrays = [np.asarray(decoding.decode(row[source.image])) for row in rows]
                 self.labels, self.transform = rows[source.label], transform
 
             def __len__(self):

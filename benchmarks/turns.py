@@ -209,12 +209,13 @@ def subset(source: str, rows: int, folder: Path) -> Path:
     from datasets import Image
 
     import data
+    import decoding
     from config import DataConfig
 
     options = {"embedded_rows": max(200, rows)} if source == "embedded" else {}
     # Not by the 50 folds that the variants hold out by, or nothing would be left to hold out.
     opened = data.load(DataConfig(source=source, test_split=None, folds=7, **options))
-    train = opened.train.select(range(min(rows, len(opened.train)))).remove_columns(data.ROW)
+    train = opened.train.select(range(min(rows, len(opened.train)))).remove_columns(decoding.ROW)
     path = folder / f"rows-{rows}"
     path.mkdir(exist_ok=True)
     train.cast_column(opened.image, Image()).to_parquet(path / "train.parquet")

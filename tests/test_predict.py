@@ -15,6 +15,7 @@ from test_launch import TORCHRUN, TWO_PROCESSES
 
 import corruptions
 import data
+import decoding
 import distorted
 import predict
 import train
@@ -92,7 +93,7 @@ def test_json_csv_and_pictures_agree(run, parquet, capsys):
         row = source.test[int(mistake["id"])]
         assert mistake["true"] == source.class_names[row["fine_label"]]
         with Image.open(run / "predictions" / mistake["thumbnail"]) as shown:
-            assert np.array_equal(shown, np.asarray(data.decode(row["img"])))
+            assert np.array_equal(shown, np.asarray(decoding.decode(row["img"])))
     said = capsys.readouterr().out
     assert f"top-1 {found['top1']:.2%}" in said and "superclass" in said
 
@@ -101,7 +102,7 @@ def test_a_validation_rows_id_is_its_row_in_the_training_split(run, parquet):
     judge(run, "--split", "validation")
     source = data.load(DataConfig(source=str(parquet)))
     ids = [int(row["id"]) for row in table(run / "predictions" / "validation.csv")]
-    assert ids == list(source.validation[data.ROW])
+    assert ids == list(source.validation[decoding.ROW])
     assert ids != list(range(len(ids)))
 
 
@@ -138,7 +139,7 @@ def test_a_quick_look_keeps_the_whole_ones_figures(run):
 
 def relabelled(parquet, folder, names, label):
     """The test rows in a parquet file of other class names; `label` gives each row's new class."""
-    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(data.ROW)
+    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(decoding.ROW)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
     values = {"image": rows["img"], "label": [label(value) for value in rows["fine_label"]]}
     for split in ("train", "test"):
@@ -168,7 +169,7 @@ def test_data_of_other_classes_are_refused(run, parquet, tmp_path):
 
 
 def test_images_that_can_not_be_decoded_are_left_out(run, parquet, tmp_path):
-    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(data.ROW)
+    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(decoding.ROW)
     images = list(rows["img"])
     images[3] = {"bytes": b"no image", "path": None}
     broken = datasets.Dataset.from_dict({"img": images, "fine_label": rows["fine_label"]}, features=rows.features)
@@ -189,13 +190,13 @@ def test_views_are_averaged(run, parquet):
     assert flipped["tta"] == "flips"
     assert flipped["loss"] != figures(run)["loss"]
     # Mirrored images have the same views, only in the other order.
-    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(data.ROW)
+    rows = data.load(DataConfig(source=str(parquet))).test.remove_columns(decoding.ROW)
     folder = run.parent / "mirrored"
     folder.mkdir()
     images = []
     for row in rows:
         file = io.BytesIO()
-        data.decode(row["img"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file, "PNG")
+        decoding.decode(row["img"]).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file, "PNG")
         images.append({"bytes": file.getvalue(), "path": None})
     mirrored = datasets.Dataset.from_dict({"img": images, "fine_label": rows["fine_label"]}, features=rows.features)
     for split in ("train", "test"):
@@ -324,7 +325,7 @@ def files(tmp_path, parquet, monkeypatch):
     monkeypatch.setattr(distorted, "SEVERITY_ROWS", ROWS)
     monkeypatch.setattr(distorted, "SHAPE", (5 * ROWS, 32, 32, 3))
     rows = data.load(DataConfig(source=str(parquet))).test.select(range(ROWS))
-    images = np.stack([np.asarray(data.decode(row["img"])) for row in rows])
+    images = np.stack([np.asarray(decoding.decode(row["img"])) for row in rows])
     folder = tmp_path / "files"
     folder.mkdir()
     names = rows.features["fine_label"].names

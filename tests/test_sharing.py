@@ -23,7 +23,7 @@ from test_launch import TORCHRUN, TWO_PROCESSES
 
 import augment
 import checkpoint
-import data
+import decoding
 import launch
 import models
 import runs
@@ -221,7 +221,7 @@ def test_the_cards_example_gives_the_logits_of_evaluation(ended, name, tmp_path,
     picture.save(encoded, "PNG")
     rows = [{"image": {"bytes": encoded.getvalue(), "path": None}, "label": 0}]
     with torch.no_grad():
-        logits = model(transform(data.Collate("image", "label", 5, (40, 50), 32)(rows)["image"]))
+        logits = model(transform(decoding.Collate("image", "label", 5, (40, 50), 32)(rows)["image"]))
     torch.testing.assert_close(got["logits"], logits)
     assert capsys.readouterr().out.strip() == f"class{int(logits.argmax())}"
 
