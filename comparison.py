@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import shlex
 import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 
 from errors import plain
-from runfolder import Predictions, Run, number, shown
+from runfolder import NAME_LENGTH, Predictions, Run, number, shown
 
 ORIGINS = {"robustness": "own corruptions", "cifar100c": "CIFAR-100-C"}  # of robustness figures
 AFTER = 5  # epochs after a phase change that its second jump spans
@@ -96,7 +97,7 @@ def comparison(runs: list[Run]) -> Table:
                 "test top-1": percent(run.summary.get("test_top1")),
                 "test top-5": percent(run.summary.get("test_top5")),
                 "robustness mean": mean15,
-                "minutes": f"{sum(minutes) / 60:.1f}",
+                "minutes": figure(sum(minutes) / 60 if minutes else None, ".1f"),
                 "images/s": figure(throughput(run), ",.0f"),
             }
         )
@@ -111,8 +112,8 @@ def legend(runs: list[Run]) -> list[str]:
     ]
     if any(not run.summary for run in runs):
         lines.append(
-            "Epochs '3 of 50': the run has no summary.json: it goes on, was stopped or crashed; such a run has no test "
-            "figures and no count of parameters."
+            "Epochs '3 of 50': the run has no summary.json that can be read: it goes on, was stopped or crashed; such "
+            "a run has no test figures and no count of parameters."
         )
     kinds = {found.kind for found in map(robustness, runs) if found}
     if kinds:
@@ -251,26 +252,46 @@ def differences(runs: list[Run]) -> Table | None:
         return None
     flat = [_flat(run.config) for run in runs]
     fields = sorted(set().union(*flat) - set(UNTOLD), key=lambda field: (field.startswith("environment."), field))
-    rows = [[field, *(found.get(field, "-") for found in flat)] for field in fields]
-    return Table(["field", *(run.name for run in runs)], [row for row in rows if len(set(row[1:])) > 1])
+    rows = []
+    for field in fields:
+        values = [found.get(field, ("-", "-")) for found in flat]
+        if len(set(values)) > 1:
+            rows.append([shown(field), *_cells(values)])
+    return Table(["field", *(run.name for run in runs)], rows)
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, str]:
-    """{"data": {"fold": 0}} as {"data.fold": "0"}."""
+def _flat(tree: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
+    """{"data": {"fold": 0}} as {"data.fold": ("0", "0")}: each value as JSON, and as it is easier to read."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list):
-            flat[shown(f"{prefix}{name}")] = shown(", ".join(map(str, value)))
-        else:
-            yaml_words = value is None or isinstance(value, bool)
-            flat[shown(f"{prefix}{name}")] = json.dumps(value) if yaml_words else shown(value)
+            continue
+        try:
+            exact = readable = json.dumps(value, ensure_ascii=False, default=str)
+        except ValueError:  # Python does not write out a number of thousands of digits
+            exact = readable = shown(value)
+        if isinstance(value, str):
+            readable = value
+        elif isinstance(value, list) and all(isinstance(part, str) for part in value):
+            readable = ", ".join(value)
+        flat[f"{prefix}{name}"] = exact, readable
     return flat
 
 
+def _cells(values: list[tuple[str, str]]) -> list[str]:
+    """Values as `_flat` gives them, cut; where that makes different ones look alike, the ends of their JSON."""
+    cells = [shown(readable) for _, readable in values]
+    if len(set(cells)) < len(set(values)):
+        cells = [exact if len(exact) <= NAME_LENGTH else f"…{exact[1 - NAME_LENGTH :]}" for exact, _ in values]
+    return [plain(cell) for cell in cells]
+
+
 def command(run: Run) -> str:
-    """The command that trains a run again, with the precision and the processes that its config.yaml records."""
+    """The command that trains a run again, with the precision, processes and device that its config.yaml records.
+
+    To be given in the project's folder: its accelerate_config.yaml keeps the user's own default out of it.
+    """
     found = run.setting("environment")
     found = found if isinstance(found, dict) else {}
     precision = shown(found.get("mixed_precision", "no"))
@@ -279,6 +300,7 @@ def command(run: Run) -> str:
         words = ["env", "ACCELERATE_USE_CPU=true", f"ACCELERATE_MIXED_PRECISION={precision}", "torchrun"]
         words += ["--nproc_per_node", *several]
     else:
-        words = ["accelerate", "launch"] + (["--mixed_precision", precision] if precision != "no" else [])
+        words = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", precision]
         words += ["--multi_gpu", "--num_processes", *several] if several else []
-    return plain(shlex.join([*words, "train.py", "--config", str(run.path / "config.yaml")]))
+        words += ["--cpu"] if found.get("device_type") == "cpu" else []
+    return plain(shlex.join([*words, "train.py", "--config", os.path.abspath(run.path / "config.yaml")]))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import select
 import sys
 import traceback
 
@@ -10,7 +11,8 @@ USAGE = 2  # the command or the configuration is wrong: nothing was started
 RUN = 1  # the run itself failed: data, weights, the machine
 
 
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line breaks, terminal codes, broken UTF-8
+# Line breaks, terminal codes, broken UTF-8, and what XML may not hold.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
 PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # user:password@ of a URL
 
 
@@ -45,9 +47,17 @@ def plain(text: str) -> str:
 
 @contextlib.contextmanager
 def told():
-    """Around a command: a `UserError` becomes one line on stderr and its exit code; Ctrl-C becomes 130."""
+    """Around a command: a `UserError` becomes one line on stderr and its exit code; Ctrl-C becomes 130.
+
+    Letters that the terminal's encoding lacks are written as their numbers. Where the reader of the output has gone, as
+    `| head` goes when it has seen enough, the command ends without a word with 141, as a shell would give it.
+    """
+    sys.excepthook = _unless_interrupted  # libraries are imported between two of these, which takes seconds
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
     try:
         yield
+        print(end="", flush=True)
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or not error.shared:
@@ -59,6 +69,28 @@ def told():
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        if not _output_is_unread():  # a run has other pipes
+            raise
+        # What is still to be written would fail once more at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _unless_interrupted(kind, error, trace) -> None:
+    """Python's own way to show an error, but for Ctrl-C, whose exit code says enough."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _output_is_unread() -> bool:
+    """Whether stdout is a pipe whose reader has gone."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)  # errors are always told
+        return bool(poll.poll(0))
+    except (AttributeError, OSError):  # no such thing on this system; no stdout, or none of the system's
+        return False
 
 
 def first_line(error: Exception) -> str:

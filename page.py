@@ -56,7 +56,7 @@ def render(runs: list[Run]) -> str:
         UserError: it would be larger than `LIMIT` even with the pictures that can be left out left out.
     """
     room = Room(PICTURES)
-    curves = [(picture, room.address(picture.encode("svg"), "svg+xml")) for picture in plots.curves(runs, False)]
+    curves = [(picture, _curve(picture, room)) for picture in plots.curves(runs, False)]
     judged = [[Shown(found) for found in run.predictions] for run in runs]
     _draw(runs, judged, room)
     _hang(runs, judged, room)
@@ -65,7 +65,7 @@ def render(runs: list[Run]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"percent": percent, "points": comparison.points, "figure": figure}
+    environment.filters |= {"percent": percent, "points": comparison.points}
     page = environment.get_template("report.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs side by side",
         made=time.strftime("%Y-%m-%d %H:%M"),
@@ -75,6 +75,7 @@ def render(runs: list[Run]) -> str:
         styles=[plots.style(index) for index in range(len(runs))],
         repeats=len(runs) > len(plots.COLOURS) * len(plots.DASHES),
         curves=[(picture, address) for picture, address in curves if address],
+        curves_left_out=sum(not address for _, address in curves),
         changes=[change for run in runs for change in comparison.phase_changes(run)],
         differences=comparison.differences(runs),
         commands=[(run.name, comparison.command(run), _yaml(run)) for run in runs],
@@ -88,17 +89,24 @@ def render(runs: list[Run]) -> str:
     return page
 
 
+def _curve(picture: plots.Picture, room: Room) -> str | None:
+    """Sharp at any size if there is room for that; many long runs are smaller as pixels."""
+    return room.address(picture.encode("svg"), "svg+xml") or room.address(picture.small_png(), "png")
+
+
 def _draw(runs: list[Run], judged: list[list[Shown]], room: Room) -> None:
-    """Figures of predictions while there is room: each run's first files before any run's second."""
+    """Figures of predictions until one has no room: each run's first files before any run's second."""
+    full = False
     for turn in range(max(map(len, judged))):
         for run, files in zip(runs, judged, strict=True):
             for shown in files[turn : turn + 1]:
-                for picture in plots.of_predictions(run, shown.found):
-                    address = room.address(picture.small_png(), "png") if room.left > 0 else None
+                for draw in plots.drawings(shown.found):
+                    picture = None if full else draw(run, shown.found)
+                    address = room.address(picture.small_png(), "png") if picture else None
                     if address:
                         shown.pictures.append((picture, address))
                     else:
-                        shown.left_out += 1
+                        full, shown.left_out = True, shown.left_out + 1
 
 
 def _hang(runs: list[Run], judged: list[list[Shown]], room: Room) -> None:

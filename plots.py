@@ -9,8 +9,9 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 
 import matplotlib
@@ -74,8 +75,13 @@ def style(index: int) -> tuple[str, str]:
 
 
 def stem(*words: str) -> str:
-    """A file name without anything that a shell or a file system minds."""
-    return re.sub(r"[^\w.-]+", "-", "-".join(words), flags=re.ASCII).strip(".-")[:100] or "figure"
+    """A file name without anything that a shell or a file system minds. The last words say most: the first are cut."""
+    return re.sub(r"[^\w.-]+", "-", "-".join(words), flags=re.ASCII)[-100:].strip(".-") or "figure"
+
+
+def _linestyle(dashes: str):
+    """Dashes as matplotlib takes them."""
+    return (0, [float(length) for length in dashes.split()]) if dashes else "-"
 
 
 def _short(name: str, length: int = LONGEST) -> str:
@@ -183,13 +189,16 @@ def _line(axes, index: int, run: Run, key: str, scale: float) -> list[float]:
     if key == "lr":  # a log axis has no zero
         values = [value if value is None or value > 0 else None for value in values]
     there = [value for value in values if value is not None]
+    triples = zip([None, *values], values, [*values[1:], None], strict=False)
+    alone = [place for place, (before, it, after) in enumerate(triples) if it is not None and before is after is None]
     axes.plot(
         [row["epoch"] for row in run.history],
         [float("nan") if value is None else value for value in values],
         color=colour,
-        linestyle=(0, [float(length) for length in dashes.split()]) if dashes else "-",
+        linestyle=_linestyle(dashes),
         linewidth=1.6,
-        marker="." if len(there) < 30 else None,
+        marker=".",
+        markevery=None if len(there) < 30 else alone,  # no line leads to or from a figure between gaps
         gid=f"run-{index + 1}",
     )
     return there
@@ -206,7 +215,7 @@ def _finish(figure: Figure, axes, runs: list[Run], title: str, with_legend: bool
         axes.text(0.5, 0.5, "no epoch finished yet", transform=axes.transAxes, ha="center", color="#555555")
     if with_legend:
         lines = [
-            Line2D([], [], color=colour, linestyle=(0, [float(part) for part in dashes.split()]) if dashes else "-")
+            Line2D([], [], color=colour, linestyle=_linestyle(dashes))
             for colour, dashes in map(style, range(len(runs)))
         ]
         # A no-break space in front: matplotlib leaves labels out that begin with an underscore.
@@ -218,23 +227,27 @@ def _finish(figure: Figure, axes, runs: list[Run], title: str, with_legend: bool
 
 def _shade(axes, runs: list[Run]) -> bool:
     """Shade every other phase, lightly for each layout where runs differ; whether the phases' names stand above."""
-    layouts = {_layout(run) for run in runs if run.history}
+    lasts = {}  # each layout's last epoch
+    for run in runs:
+        if run.history:
+            layout, last = _layout(run), max(row["epoch"] for row in run.history)
+            lasts[layout] = max(last, lasts.get(layout, last))
     # A run that is still in its first phases has the layout of one that is further.
-    layouts = [it for it in layouts if not any(it != other and other[: len(it)] == it for other in layouts)]
-    last = max((row["epoch"] for run in runs for row in run.history), default=1)
+    layouts = [it for it in lasts if not any(it != other and other[: len(it)] == it for other in lasts)]
     changing = sorted(layout for layout in layouts if len(layout) > 1)
     for layout in changing:
-        ends = [start for _, start in layout[1:]] + [last + 1]
+        ends = [start for _, start in layout[1:]] + [lasts[layout] + 1]
         for number, ((_, start), end) in enumerate(zip(layout, ends, strict=True)):
             if number % 2:
                 axes.axvspan(start - 0.5, end - 0.5, color="black", alpha=max(0.03, 0.09 / len(changing)), linewidth=0)
     named = changing[0] if len(changing) == 1 else ()
+    width = max(lasts.values(), default=1)  # of the axis, in epochs
     for name, start in named:
-        x = 0.0 if start == named[0][1] else (start - 0.5 - 0.5) / last
-        ends = [other for _, other in named if other > start]
-        room = ((ends[0] if ends else last + 1) - start) / last
-        label = _short(name, max(4, int(46 * room)))
-        axes.text(x, 1.02, label, transform=axes.transAxes, fontsize=8, color="#555555")
+        x = 0.0 if start == named[0][1] else (start - 1) / width
+        end = min((other for _, other in named if other > start), default=lasts[named] + 1)
+        room = int(46 * (end - start) / width)  # letters
+        if room >= min(4, len(name)):
+            axes.text(x, 1.02, _short(name, room), transform=axes.transAxes, fontsize=8, color="#555555")
     return bool(named)
 
 
@@ -252,16 +265,23 @@ def _listed(told: list[str]) -> str:
 
 def of_predictions(run: Run, found: Predictions) -> Iterator[Picture]:
     """The figures that a file of predictions has the data for."""
+    return (draw(run, found) for draw in drawings(found))
+
+
+def drawings(found: Predictions) -> list[Callable[[Run, Predictions], Picture]]:
+    """What draws each of those figures; drawing takes a while, counting does not."""
+    draws = []
     if any(map(any, found.confusion)):
-        yield _confusion(run, found)
+        draws.append(_confusion)
     if found.superclasses and found.superclasses.per_superclass:
-        yield _bars(run, found, found.superclasses.per_superclass, "superclass")
+        draws.append(partial(_bars, parts=found.superclasses.per_superclass, what="superclass"))
     elif found.per_class and len(found.per_class) <= LABELLED:
-        yield _bars(run, found, found.per_class, "class")
+        draws.append(partial(_bars, parts=found.per_class, what="class"))
     if any(part.rows for part in found.reliability):
-        yield _reliability(run, found)
+        draws.append(_reliability)
     if found.corruptions:
-        yield _robustness(run, found)
+        draws.append(_robustness)
+    return draws
 
 
 def _confusion(run: Run, found: Predictions) -> Picture:

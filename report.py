@@ -14,11 +14,13 @@ import contextlib
 import dataclasses
 import html
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import comparison
+from config import Parser
 from errors import USAGE, UserError, plain, told
 from runfolder import DIRECTIONS, NAME_LENGTH, Run, read_run
 
@@ -92,8 +94,12 @@ def markdown(runs: list[Run]) -> str:
 
 
 def _text(value) -> str:
-    """A name that somebody else chose, as Markdown without tags, links or further cells."""
-    return html.escape(DIRECTIONS.sub("", plain(str(value))), quote=False).replace("|", "\\|").replace("[", "\\[")
+    """A name that somebody else chose, as Markdown without tags, further cells, or links that hide where they lead.
+
+    A bare address stays one: GitHub makes a link of it that shows its target.
+    """
+    text = html.escape(DIRECTIONS.sub("", plain(str(value))), quote=False)
+    return re.sub(r"([\\|\[])", r"\\\1", text)
 
 
 def _table(table: comparison.Table) -> str:
@@ -165,24 +171,29 @@ def _whole(path: Path, option: str) -> Iterator:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        prog="report.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, in the order to show them")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="write the page there")
     parser.add_argument("--markdown", action="store_true", help="print the comparison for a README, and nothing else")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write each figure there, as PNG and as SVG")
-    args = parser.parse_args()
+    args = parser.parse_args(sys.argv[1:])
     if args.output and args.output.suffix.lower() not in (".html", ".htm"):  # nothing else is replaced by a page
         raise UserError(f"--output: {args.output} should end in .html", USAGE)
-    if args.plots and args.plots.exists() and not args.plots.is_dir():
-        raise UserError(f"--plots: {args.plots} is no folder", USAGE)
     return args
 
 
 def main() -> None:
     args = parse()
-    runs = read_runs(args.runs)
+    # A page that was written between the runs is among them when the shell has spelt out runs/*.
+    skipped = [path for path in args.runs if path.is_file()] if len(args.runs) > 1 else []
+    for path in skipped:
+        print(plain(f"{path}: a file, no run folder: left out"), file=sys.stderr)
+    runs = read_runs([path for path in args.runs if path not in skipped])
     for run in runs:
         for note in run.notes:
             print(plain(f"{run.path}: {note}"), file=sys.stderr)

@@ -1,14 +1,15 @@
 """Run folders as data: what train.py and predict.py left there, checked on the way in. No training code, no torch.
 
 A run folder may come from somebody else, be unfinished, damaged or of an older version. What a report can do without is
-left out with a line in `Run.notes`; only a folder that is no run at all, or a history that can't be read, ends it.
+left out with a line in `Run.notes`; only a folder that is no run at all, or a history that can't be read, ends it. No
+file is read that lies elsewhere.
 """
 
 import io
 import json
-import math
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,6 +22,7 @@ from errors import USAGE, UserError, plain
 NAME_LENGTH = 80  # characters of a name that are shown
 DIRECTIONS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks that turn what follows around
 MOST_EPOCHS = 10**6  # a larger number is damage
+LARGEST = 1e30  # of any figure: what is larger is damage, too, and no axis has room for it
 CONFIG_BYTES = 2**18  # a config.yaml has about a thousand
 JSON_BYTES = 2**26  # of a history, a summary or predictions
 THUMBNAIL_BYTES, THUMBNAIL_SIDE = 2**18, 1024  # of a picture that is read
@@ -42,13 +44,10 @@ def shown(value) -> str:
 
 
 def number(value) -> float | None:
-    """A finite number, or None for whatever else stands in its place."""
+    """A finite number of at most `LARGEST`, or None for whatever else stands in its place."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if abs(value) <= LARGEST else None
 
 
 # ---- what predict.py writes -----------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ class ClassFigures(_Part):
 
 class Superclasses(_Part):
     top1: Fraction | None = None
-    per_superclass: list[ClassFigures] = []
+    per_superclass: list[ClassFigures] = Field([], max_length=1000)
 
 
 class Bin(_Part):
@@ -82,7 +81,6 @@ class Bin(_Part):
     low: Fraction
     high: Fraction
     rows: Count
-    confidence: Fraction | None = None
     accuracy: Fraction | None = None
 
 
@@ -116,7 +114,6 @@ class Predictions(_Part):
     limit: Count | None = None
     tta: Name | None = None
     # kind "split"
-    split: Name | None = None
     corrupt: Count = 0
     loss: Loss = None
     top1: Fraction | None = None
@@ -126,11 +123,11 @@ class Predictions(_Part):
     confusion: list[list[Count]] = []
     per_class: list[ClassFigures] = []
     superclasses: Superclasses | None = None
-    reliability: list[Bin] = []
-    confused: list[Confused] = []
-    mistakes: list[Mistake] = []
+    reliability: list[Bin] = Field([], max_length=200)
+    confused: list[Confused] = Field([], max_length=100)
+    mistakes: list[Mistake] = Field([], max_length=100)
     # kinds "robustness" and "cifar100c"
-    corruptions: list[Corruption] = []
+    corruptions: list[Corruption] = Field([], max_length=100)
     mean15: Fraction | None = None
     mean19: Fraction | None = None
     note: Sentence = ""
@@ -159,7 +156,7 @@ class Run:
     Args:
         history: a row per finished epoch. `phase` and `epoch` are always there; a figure that is missing, or is not
             finite, is None.
-        summary: empty while the run goes on, and for good if it crashed.
+        summary: empty while the run goes on, for good if it crashed, and if it can't be read.
         predictions: sorted by `Predictions.rank`.
         notes: a line for each thing that is there and could not be read.
     """
@@ -196,10 +193,9 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder; UserError if it is none, or if its history or summary is damaged."""
+    """Read a run folder; UserError if it is none, or if its history is damaged."""
     try:
-        if _size(path / "config.yaml") > CONFIG_BYTES:
-            raise ValueError("too large")
+        _check(path / "config.yaml", path, CONFIG_BYTES)
         config = read_yaml(path / "config.yaml")
         config["model"]["name"]
     except (OSError, ValueError, UserError) as error:
@@ -210,7 +206,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path} is not a run folder: it has no readable config.yaml ({why})", USAGE) from None
     notes = []
     history = _history(path / "history.jsonl", notes)
-    summary = _summary(path / "summary.json")
+    summary = _summary(path / "summary.json", notes)
     predictions = sorted(_predictions(path, notes), key=lambda found: found.rank)
     return Run(shown(Path(os.path.abspath(path)).name), path, config, history, summary, predictions, notes)
 
@@ -219,29 +215,32 @@ def _dict(value) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def _check(path: Path, folder: Path, most: int) -> None:
+    """Raise OSError or ValueError if a path, links followed, is no file below a folder, or has more bytes than that."""
+    if not _lies_in(path, folder):
+        raise ValueError("it leads out of the run folder")
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise ValueError("not a file")
+    if status.st_size > most:
+        raise ValueError("too large")
 
 
-def _read(path: Path) -> str:
-    """A text file; "" if there is none. OSError or ValueError if it can't be read."""
+def _read(path: Path, run: Path) -> str:
+    """A text file of a run folder; "" if there is none. OSError or ValueError if it can't be read."""
     if not os.path.lexists(path):
         return ""
-    if not path.is_file():  # reading a pipe would wait for ever
-        raise ValueError("not a file")
-    if _size(path) > JSON_BYTES:
-        raise ValueError("too large")
+    _check(path, run, JSON_BYTES)
     return path.read_text(encoding="utf-8")
 
 
-def _damaged(path: Path, error: Exception | str) -> UserError:
-    why = "nested too deep" if isinstance(error, RecursionError) else getattr(error, "strerror", None) or error
-    return UserError(f"{path.parent}: {path.name} is damaged ({why})")
+def _why(error: Exception) -> str:
+    return "nested too deep" if isinstance(error, RecursionError) else getattr(error, "strerror", None) or str(error)
 
 
 def _history(path: Path, notes: list[str]) -> list[dict]:
     try:
-        text = _read(path)
+        text = _read(path, path.parent)
         lines = text.splitlines()
         rows = []
         for count, line in enumerate(lines, start=1):
@@ -249,7 +248,7 @@ def _history(path: Path, notes: list[str]) -> list[dict]:
                 row = json.loads(line)
             except ValueError:
                 # A crash may leave half a line; the epochs before it are whole.
-                if count == len(lines) > 1 and not text.endswith("\n"):
+                if count == len(lines) and not text.endswith("\n"):
                     notes.append(f"{path.name}: its last line is incomplete and left out")
                     break
                 raise
@@ -257,7 +256,7 @@ def _history(path: Path, notes: list[str]) -> list[dict]:
                 raise ValueError(f"line {count} is no JSON object")
             rows.append(_epoch(row, count))
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error) from None
+        raise UserError(f"{path.parent}: {path.name} is damaged ({_why(error)})") from None
     if lost := sum(row[key] is None for row in rows for key in ("train_loss", "train_top1", "val_loss", "val_top1")):
         notes.append(f"{path.name}: {lost} figures are missing or not finite: shown as - and as gaps")
     return rows
@@ -265,18 +264,19 @@ def _history(path: Path, notes: list[str]) -> list[dict]:
 
 def _epoch(row: dict, count: int) -> dict:
     epoch = number(row.get("epoch")) or 0
-    names = {"phase": shown(row.get("phase", "-")), "epoch": int(epoch) if 0 < epoch < MOST_EPOCHS else count}
+    names = {"phase": shown(row.get("phase", "-")), "epoch": int(epoch) if 1 <= epoch < MOST_EPOCHS else count}
     return names | {key: number(row.get(key)) for key in FIGURES}
 
 
-def _summary(path: Path) -> dict:
+def _summary(path: Path, notes: list[str]) -> dict:
     try:
-        text = _read(path)
+        text = _read(path, path.parent)
         summary = json.loads(text) if text else {}
         if not isinstance(summary, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, error) from None
+        notes.append(plain(f"{path.name} is left out: {_why(error)}"))
+        return {}
     return summary | {key: number(summary[key]) for key in SUMMARY_FIGURES if key in summary}
 
 
@@ -290,9 +290,7 @@ def _predictions(run: Path, notes: list[str]):
     for path in paths:
         name = f"predictions/{shown(path.name)}"
         try:
-            if not _lies_in(path, run):
-                raise ValueError("it leads out of the run folder")
-            found = Predictions.model_validate_json(_read(path))
+            found = Predictions.model_validate_json(_read(path, run))
             if found.name != shown(path.stem):
                 raise ValueError(f"it says that its name is {found.name}")
         except ValidationError as error:
@@ -300,7 +298,7 @@ def _predictions(run: Path, notes: list[str]):
             where = ".".join(map(str, problem["loc"]))
             notes.append(plain(f"{name} is left out: {f'{where}: ' if where else ''}{problem['msg']}"))
         except (OSError, ValueError, RecursionError) as error:
-            notes.append(plain(f"{name} is left out: {getattr(error, 'strerror', None) or error}"))
+            notes.append(plain(f"{name} is left out: {_why(error)}"))
         else:
             yield found
 
@@ -324,10 +322,9 @@ def thumbnail(run: Run, name: str | None) -> bytes | None:
     folder = run.path / "predictions"
     try:
         path = folder / (name or "")
-        if not (_lies_in(folder, run.path) and _lies_in(path, folder) and path.is_file()):
+        if path.suffix.lower() != ".png" or not _lies_in(folder, run.path):
             return None
-        if path.suffix.lower() != ".png" or _size(path) > THUMBNAIL_BYTES:
-            return None
+        _check(path, folder, THUMBNAIL_BYTES)
         with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
             if max(image.size) > THUMBNAIL_SIDE:  # told by its head, before it is decoded
                 return None

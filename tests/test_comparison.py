@@ -1,12 +1,13 @@
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 from run_folders import config, corrupted, history, split, write_predictions, write_run
 
 import comparison
 from config import check
-from runfolder import read_run
+from runfolder import NAME_LENGTH, read_run
 
 TWO = {"head": 2, "finetune": 3}
 
@@ -50,6 +51,7 @@ def test_a_crashed_run_and_one_without_an_epoch(make):
     assert (crashed["epochs run"], crashed["phases"], crashed["test top-1"]) == ("3 of 5", "head 2 + finetune 1", "-")
     empty = row(make("empty", TWO, [], finished=False))
     assert (empty["epochs run"], empty["best epoch"], empty["images/s"]) == ("0 of 5", "-", "-")
+    assert empty["minutes"] == "-"
 
 
 def test_a_run_without_a_test_split(make, tmp_path):
@@ -108,7 +110,7 @@ def test_a_change_beside_missing_figures(make):
     rows = history(TWO)
     rows[4]["val_top1"] = float("nan")
     (change,) = comparison.phase_changes(make("a", TWO, rows))
-    assert change.span == 2
+    assert change.span == 2 and change.several == pytest.approx(0.42)
     rows[2]["val_top1"] = None
     assert comparison.phase_changes(make("b", TWO, rows)) == []
 
@@ -168,14 +170,40 @@ def test_numbers_are_not_taken_for_true_and_false(make):
     assert comparison.differences(runs).rows == [["data.workers", "1", "true", "null"]]
 
 
+def test_what_differs_is_told_however_long_or_alike(make):
+    modules = [f"stage{i}.block" for i in range(12)]
+    runs = [
+        make("a", data={"source": "x" * 100 + "a"}, seed=1, model={"frozen": modules}),
+        make("b", data={"source": "x" * 100 + "b"}, seed="1", model={"frozen": [*modules, "head"]}),
+        make("c", data={"source": "y"}, seed=2, model={"frozen": modules}),
+    ]
+    rows = {field: cells for field, *cells in comparison.differences(runs).rows}
+    ends = ["…" + "x" * 77 + 'a"', "…" + "x" * 77 + 'b"', '"y"']
+    assert rows["data.source"] == ends and rows["seed"] == ["1", '"1"', "2"]
+    one, other, _ = rows["model.frozen"]
+    assert one.endswith('"stage11.block"]') and other.endswith('"stage11.block", "head"]')
+    assert len(one) == len(other) == NAME_LENGTH
+
+
+def test_a_number_that_python_does_not_write_out(make, tmp_path):
+    runs = [make("a"), make("b")]
+    with (tmp_path / "b" / "config.yaml").open("a") as file:
+        file.write(f"huge: 0x{'f' * 5000}\n")
+    rows = comparison.differences([runs[0], read_run(runs[1].path)]).rows
+    assert rows == [["huge", "-", "a number of thousands of digits"]]
+
+
+OWN = "accelerate launch --config_file accelerate_config.yaml"
+
+
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"mixed_precision": "no"}, "accelerate launch train.py"),
-        ({"mixed_precision": "bf16"}, "accelerate launch --mixed_precision bf16 train.py"),
+        ({"mixed_precision": "no"}, f"{OWN} --mixed_precision no --cpu train.py"),
+        ({"mixed_precision": "bf16", "device_type": "cuda"}, f"{OWN} --mixed_precision bf16 train.py"),
         (
             {"mixed_precision": "fp16", "processes": 4, "device_type": "cuda"},
-            "accelerate launch --mixed_precision fp16 --multi_gpu --num_processes 4 train.py",
+            f"{OWN} --mixed_precision fp16 --multi_gpu --num_processes 4 train.py",
         ),
         (
             {"mixed_precision": "no", "processes": 2},
@@ -187,6 +215,12 @@ def test_the_command_has_the_precision_and_the_processes(make, environment, word
     run = make("a 'run'; rm -r x", environment=environment)
     assert comparison.command(run).startswith(f"{words} --config ")
     assert shlex.split(comparison.command(run))[-1] == str(run.path / "config.yaml")
+
+
+def test_the_command_is_not_for_the_folder_that_the_report_was_made_in(make, tmp_path, monkeypatch):
+    make()
+    monkeypatch.chdir(tmp_path)
+    assert comparison.command(read_run(Path("run"))).endswith(f"--config {tmp_path}/run/config.yaml")
 
 
 def test_the_made_up_configurations_are_valid_ones():

@@ -1,15 +1,18 @@
 """The page as its readers see it: in Chromium, from the disk, on a desktop and on a phone."""
 
+import base64
 import re
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 from browser import chromium, open_at
 from run_folders import corrupted, history, split, write_predictions, write_run
 from selenium.webdriver.common.by import By
 
 import comparison
 import page
+import plots
 from report import read_runs, write_page
 
 WIDTHS = (1280, 390)
@@ -107,6 +110,10 @@ def test_every_picture_shows_and_nothing_is_wrong(browser, path, width):
     each = ["Confusion matrix", "Accuracy per superclass", "Reliability diagram"]
     assert titles[5:] == [*each, *each, "Robustness", "Robustness first 200 rows", *each]
     assert len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 24 + 3 + 6
+    items = "return [...document.querySelectorAll('.gallery li')].map(it => it.textContent)"
+    first, second = browser.execute_script(items)[:2]
+    assert (first, second) == (
+        "true: class 0predicted: class 199.0% sure", "true: class 1predicted: class 298.0% sure")  # fmt: skip
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -121,6 +128,7 @@ def test_the_tables_are_right(browser, path, runs, width):
     assert changes[1][:4] == ["whole", "head → finetune", "31.0%", "41.0% (+10.0 points)"]
     assert changes[1][4] == "45.0% (+14.0 points)" and changes[1][5].startswith("a gain over one epoch and over 5")
     assert [row[0] for row in changes[1:]] == ["whole", HOSTILE[1], "crashed"]
+    assert [row[4] for row in changes[2:]] == ["43.0% (+12.0 points), after 3", "-"]
     confused = table(browser, "Most often confused")
     first = runs[0].predictions[0].confused[0]
     assert confused[1] == [first.true, first.predicted, str(first.rows), f"{first.share:.1%}"]
@@ -143,6 +151,31 @@ def test_wide_tables_scroll_in_their_own_box_and_text_can_be_read(browser, path,
     assert min(browser.execute_script(sizes)) >= 12
     shown = browser.find_element(By.CSS_SELECTOR, "#curves img")
     assert shown.rect["width"] >= 340  # its letters are then three quarters of the text's size, or larger
+
+
+def test_how_each_run_was_made_is_its_own(browser, path, runs):
+    open_at(browser, path, 1280)
+    told = "return [...document.querySelectorAll(arguments[0])].map(it => it.textContent)"
+    assert browser.execute_script(told, "pre.command") == [comparison.command(run) for run in runs]
+    configs = browser.execute_script(told, "#making details pre")
+    assert [yaml.safe_load(text) for text in configs] == [run.config for run in runs]
+
+
+def named_and_drawn(page: str) -> tuple[list[tuple], list[tuple]]:
+    """The legend's colours and dashes, and those of the lines of its first curve."""
+    legend = re.findall(r'<line [^>]*stroke="(#\w+)"[^>]*stroke-dasharray="([^"]*)"', page)
+    svg = base64.b64decode(re.search(r"data:image/svg\+xml;base64,([^\"]+)", page)[1]).decode()
+    drawn = []
+    for style in re.findall(r'<g id="run-\d+">\s*<path [^>]*style="([^"]*)"', svg):
+        style = dict(part.split(": ") for part in style.split("; "))
+        lengths = style["stroke-dasharray"].split(",") if "stroke-dasharray" in style else []
+        drawn.append((style["stroke"], [round(float(it) / float(style["stroke-width"]), 3) for it in lengths]))
+    return [(colour.lower(), [float(it) for it in dashes.split()]) for colour, dashes in legend], drawn
+
+
+def test_lines_are_named_as_they_are_drawn(path, runs):
+    named, drawn = named_and_drawn(path.read_text(encoding="utf-8"))
+    assert len(named) == len(runs) and named[:-1] == drawn  # the last run has no line yet
 
 
 def test_hostile_names_are_text(browser, path, runs):
@@ -207,10 +240,17 @@ def test_one_run_alone(browser, tmp_path):
     assert "there is no other configuration" in text
 
 
-@pytest.fixture(scope="module")
-def twenty(tmp_path_factory):
-    """Twenty runs of fifty epochs, each with two files of predictions on 100 classes and large thumbnails."""
-    folder, phases = tmp_path_factory.mktemp("twenty"), {"head": 10, "finetune": 40}
+def test_twenty_runs_stay_below_five_megabytes_and_show_all_figures_and_as_many_mistakes_as_fit(
+    browser, tmp_path, monkeypatch
+):
+    """Of fifty epochs, each with two files of predictions on 100 classes and large thumbnails."""
+    small_png, drawn = plots.Picture.small_png, {}
+
+    def drawn_once(picture):  # figures of a kind differ little; compressing them takes most of the time
+        return drawn.get(picture.title) or drawn.setdefault(picture.title, small_png(picture))
+
+    monkeypatch.setattr(plots.Picture, "small_png", drawn_once)
+    folder, phases = tmp_path, {"head": 10, "finetune": 40}
     names = [f"class {i}" for i in range(100)]
     for index in range(20):
         rows = history(phases, jump=index / 100, seed=index)
@@ -218,30 +258,42 @@ def twenty(tmp_path_factory):
         write_predictions(run, split("test", names, seed=index), corrupted("robustness"), side=96)
     path = folder / "page.html"
     write_page(read_runs(sorted(folder.glob("run-*"))), path)
-    return path
-
-
-def test_twenty_runs_stay_below_five_megabytes(twenty):
-    assert 1_000_000 < twenty.stat().st_size < page.LIMIT == 5_000_000
-
-
-def test_twenty_runs_show_all_figures_and_as_many_mistakes_as_fit(browser, twenty):
+    text = path.read_text(encoding="utf-8")
+    assert 1_000_000 < path.stat().st_size < page.LIMIT == 5_000_000
     for width in WIDTHS:
-        open_at(browser, twenty, width)
+        open_at(browser, path, width)
         assert troubles(browser) == []
     figures = browser.find_elements(By.CSS_SELECTOR, ".predictions figure img")
     assert len(figures) == 20 * 4  # figures come before thumbnails
     shown = "return [...document.querySelectorAll('.gallery')].map(it => it.children.length)"
     shown = browser.execute_script(shown)
     assert len(shown) == 20 and min(shown) >= 1 and max(shown) - min(shown) <= 1 and max(shown) < 24
-    assert f"{min(shown)} of 24 mistakes, so that the page stays below 5 MB" in twenty.read_text(encoding="utf-8")
-    strokes = "return [...document.querySelectorAll('.legend line')].map(it => it.outerHTML)"
-    assert len(set(browser.execute_script(strokes))) == 20
+    assert f"{min(shown)} of 24 mistakes, so that the page stays below 5 MB" in text
+    named, drawn = named_and_drawn(text)
+    assert named == drawn and len(set(map(str, named))) == 20
 
 
 def test_figures_without_room_are_counted(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", TWO)
-    write_predictions(run, split("test", ["a", "b"]))
-    monkeypatch.setattr(page, "PICTURES", 190_000)
-    text = page.render(read_runs([run]))
-    assert re.search(r"Figures left out, so that the page stays below 5 MB: [123];", text)
+    write_predictions(run, split("test", ["a", "b"]), split("validation", ["a", "b"]))
+    runs, room = read_runs([run]), page.Room(page.PICTURES)
+    first = next(plots.of_predictions(runs[0], runs[0].predictions[0]))
+    assert all(page._curve(picture, room) for picture in plots.curves(runs, False))
+    assert room.address(first.small_png(), "png")
+    drawn = []
+    monkeypatch.setattr(plots, "_reliability", lambda *args: drawn.append(args))
+    monkeypatch.setattr(page, "PICTURES", page.PICTURES - room.left)
+    text = page.render(runs)
+    assert re.findall(r"Figures left out, so that the page stays below 5 MB: (\d);", text) == ["2", "3"]
+    assert not drawn  # what comes after the first that has no room
+    assert "Curves left out" not in text
+
+
+def test_curves_without_room_are_pixels_or_counted(tmp_path, monkeypatch):
+    runs = read_runs([write_run(tmp_path / "run", TWO)])
+    picture = next(plots.curves(runs * 20, False))
+    room = page.Room(page.PICTURES)
+    assert page._curve(picture, room).startswith("data:image/svg+xml;")
+    assert page._curve(picture, page.Room(page.PICTURES - room.left - 1)).startswith("data:image/png;")
+    monkeypatch.setattr(page, "PICTURES", 0)
+    assert "Curves left out, so that the page stays below 5 MB: 5;" in page.render(runs)

@@ -1,6 +1,7 @@
 import io
 import math
 import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import plots
 from runfolder import read_run
 
 TWO = {"head": 2, "finetune": 3}
-HOSTILE = ["<script>", "$\\frac{", "_under", "שלום", "\u202eabc", "a & b", "日本", "x" * 500]
+HOSTILE = ["<script>", "$\\frac{", "_under", "שלום", "\u202eabc", "a & b", "日本", "a\uffff", "x" * 500]
 
 
 @pytest.fixture
@@ -44,21 +45,36 @@ def test_curves_have_the_runs_figures(make):
         (axes,) = picture.figure.axes
         assert axes.get_xlabel() == "epoch" and axes.get_ylabel()
         assert "a from " in picture.alt and "b from " in picture.alt
+    (best, *_) = (line for line in accuracy.figure.axes[0].lines if line.get_marker() == "o")
+    assert best.get_xydata().tolist() == [[5, pytest.approx(43)]]
 
 
 def test_every_other_phase_is_shaded_and_named(make):
     (axes,) = next(plots.curves([make()], with_legend=False)).figure.axes
     (shade,) = axes.patches
-    assert (shade.get_x(), shade.get_width()) == (2.5, 3.0)
-    assert [text.get_text() for text in axes.texts] == ["head", "finetune"]
+    assert (shade.get_x(), shade.get_width()) == (2.5, 3.0) and shade.get_alpha() > 0
+    assert [(text.get_text(), text.get_position()[0]) for text in axes.texts] == [("head", 0), ("finetune", 2 / 5)]
+
+
+def test_a_phase_too_short_for_its_name_has_none(make):
+    phases = {"head": 3, "finetune": 30, "last": 17}
+    (axes,) = next(plots.curves([make("run", phases)], with_legend=False)).figure.axes
+    assert [text.get_text() for text in axes.texts] == ["finetune", "last"]
+
+
+def test_phases_of_any_name_can_be_drawn(make):
+    """matplotlib writes them into comments of an SVG, too, and XML may not hold everything."""
+    run = make("run", dict.fromkeys(HOSTILE, 1))
+    assert len(run.phases) == len(HOSTILE)
+    assert ElementTree.fromstring(next(plots.curves([run], with_legend=False)).encode("svg"))
 
 
 def test_phases_are_shaded_for_each_layout_and_a_running_run_has_that_of_a_finished_one(make):
     runs = [make("a"), make("running", TWO, history(TWO)[:1], finished=False)]
     assert len(next(plots.curves(runs, with_legend=False)).figure.axes[0].patches) == 1
-    runs.append(make("other", {"head": 1, "finetune": 4}, history({"head": 1, "finetune": 4})))
+    runs += [make("long", {"train": 9}), make("other", {"head": 1, "finetune": 4})]
     (axes,) = next(plots.curves(runs, with_legend=False)).figure.axes
-    assert sorted(patch.get_x() for patch in axes.patches) == [1.5, 2.5]
+    assert sorted((patch.get_x(), patch.get_width()) for patch in axes.patches) == [(1.5, 4.0), (2.5, 3.0)]
     assert not axes.texts
 
 
@@ -80,6 +96,22 @@ def test_gaps_where_figures_are_missing(make):
     for picture in (accuracy, rate):
         assert [math.isnan(y) for y in lines(picture)["run-1"].get_ydata()] == [False, False, True, False, False]
         assert picture.encode("png")
+
+
+def test_a_figure_between_gaps_is_seen(make):
+    rows = history({"train": 40})
+    for row in [*rows[4:7], *rows[8:12]]:
+        row["val_top1"] = None
+    line = lines(next(plots.curves([make("run", {"train": 40}, rows)], with_legend=False)))["run-1"]
+    assert (line.get_marker(), line.get_markevery()) == (".", [7])
+
+
+@pytest.mark.parametrize("lr", [1e30, 1.5e308])
+def test_learning_rates_beyond_measure(make, lr):
+    rows = history(TWO)
+    rows[1]["lr"] = lr
+    *_, rate = plots.curves([make("run", TWO, rows)], with_legend=False)
+    assert rate.encode("png")
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -119,7 +151,9 @@ def test_a_legend_names_every_run_as_it_is_called(make):
     (legend,) = picture.figure.legends
     shown = [text.get_text().strip() for text in legend.get_texts()]
     assert len(shown) == len(runs) and shown[0] == "0<script>" and shown[-1] == "_private"
-    assert len({(to_hex(line.get_color()), str(line.get_linestyle())) for line in legend.get_lines()}) <= len(runs)
+    drawn = list(lines(picture).values())
+    assert [to_hex(line.get_color()) for line in legend.get_lines()] == [to_hex(line.get_color()) for line in drawn]
+    assert [line.get_linestyle() for line in legend.get_lines()] == [line.get_linestyle() for line in drawn]
     assert b"<script>" not in picture.encode("svg")
     assert picture.encode("png")
 
@@ -150,6 +184,24 @@ def test_figures_of_predictions_with_names_of_all_kinds(make):
             assert b"<script" not in picture.encode("svg")
             with Image.open(io.BytesIO(picture.small_png())) as image:
                 assert image.mode == "P" and min(image.size) > 300
+
+
+def test_file_names_keep_what_tells_figures_of_a_run_apart(make):
+    run = make("r" * 80, found=[split("n" * 60, ["a", "b"])])
+    stems = [picture.stem for picture in plots.of_predictions(run, run.predictions[0])]
+    for stem, kind in zip(stems, ("confusion", "superclasses", "reliability"), strict=True):
+        assert stem.startswith("r") and stem.endswith(f"r-{'n' * 60}-{kind}") and len(stem) == 100
+
+
+def test_the_bars_of_superclasses_are_their_accuracies(make):
+    found = split("test", ["a", "b"])
+    found["superclasses"]["per_superclass"] = [
+        {"name": "one", "rows": 20, "superclass_top1": 0.9, "top1": 0.5},
+        {"name": "two", "rows": 20, "superclass_top1": 0.8, "top1": 0.25},
+    ]
+    run = make(found=[found])
+    _, bars, _ = plots.of_predictions(run, run.predictions[0])
+    assert [patch.get_width() for patch in bars.figure.axes[0].patches] == [80, 90, 25, 50]
 
 
 def test_the_confusion_matrix_shows_shares_of_the_true_class(make):
@@ -192,6 +244,9 @@ def test_reliability_leaves_empty_bins_out(make):
     run = make(found=[split("test", ["a"])])
     *_, picture = plots.of_predictions(run, run.predictions[0])
     accuracy, rows = picture.figure.axes
+    bins = [part for part in run.predictions[0].reliability if part.rows]
+    assert [patch.get_height() for patch in accuracy.patches] == [100 * part.accuracy for part in bins]
+    assert [line.get_xydata().tolist() for line in accuracy.lines] == [[[0, 0], [100, 100]]]
     assert len(accuracy.patches) == len(rows.patches) == 13  # of 15: one has no rows, and the first none either
     assert sum(patch.get_height() for patch in rows.patches) == pytest.approx(100)
     assert "expected calibration error 4.3%" in picture.alt

@@ -1,31 +1,21 @@
-import json
 import os
+import subprocess
+import sys
 
 import pytest
-import yaml
+from conftest import ROOT
 from run_folders import corrupted, history, split, write_predictions, write_run
 
 import report
-from errors import UserError
+from errors import UserError, told
 
 TWO = {"head": 2, "finetune": 3}
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name="run", epochs=(("head", 0.2), ("head", 0.3), ("finetune", 0.5)), finished=True):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "resnet50"}}))
-        rows = [
-            {"phase": phase, "epoch": i, "lr": 0.001, "train_loss": 1.0, "train_top1": 0.1, "train_top5": 0.5,
-             "val_loss": 2.0, "val_top1": top1, "val_top5": 0.75, "seconds": 60.0, "images_per_second": 123.4}
-            for i, (phase, top1) in enumerate(epochs, start=1)
-        ]  # fmt: skip
-        (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if finished:
-            (folder / "summary.json").write_text(json.dumps({"test_top1": 0.45, "test_top5": 0.7}))
-        return folder
+    def make(name="run", phases=TWO, *args, **values):
+        return write_run(tmp_path / name, phases, *args, **values)
 
     return make
 
@@ -40,17 +30,18 @@ def cells(table: str) -> list[list[str]]:
 def test_the_tables_have_the_runs_figures(make_run):
     run = report.read_run(make_run())
     table = report.epochs_table(run).splitlines()
-    assert len(table) == 2 + 3
-    assert [cell.strip() for cell in table[4].split("|")[1:4]] == ["finetune", "3", "1.0e-03"]
-    assert [cell.strip() for cell in report.comparison_table([run]).splitlines()[2].split("|")[1:-1]] == [
-        "run", "resnet50", "head 2 + finetune 1", "3", "50.0%", "45.0%", "70.0%", "3.0"]  # fmt: skip
+    assert len(table) == 2 + 5
+    assert [cell.strip() for cell in table[4].split("|")[1:4]] == ["finetune", "3", "1.0e-04"]
+    assert cells(report.comparison_table([run]))[1] == [
+        "run", "resnet50", "head 2 + finetune 3", "5", "43.0%", "43.2%", "70.0%", "5.0"]  # fmt: skip
     assert report.phase_changes(run) == [
-        "run: head -> finetune: validation top-1 30.0% -> 50.0% in one epoch (+20.0 points)"
+        "run: head -> finetune: validation top-1 31.0% -> 41.0% in one epoch (+10.0 points), "
+        "43.0% after 3 (+12.0 points)"
     ]
 
 
 def test_a_running_run_and_one_without_an_epoch(make_run, command):
-    result = command("report.py", str(make_run("a", finished=False)), str(make_run("b", epochs=())))
+    result = command("report.py", str(make_run("a", finished=False)), str(make_run("b", TWO, [])))
     assert result.returncode == 0, result.stderr
     assert "no epoch finished yet" in result.stdout
     assert "| - " in result.stdout
@@ -73,19 +64,28 @@ def test_markdown_has_the_comparison_the_changes_and_how_runs_were_made(tmp_path
     assert dict(zip(rows[0], rows[1], strict=True))["robustness mean"] == "25.1% (own corruptions)"
     assert ["seed", "0", "7"] in rows
     assert "- a: head -> finetune: validation top-1 31.0% -> 41.0%" in result.stdout
-    assert f"accelerate launch --mixed_precision bf16 train.py --config {a}/config.yaml\n" in result.stdout
+    assert f" --mixed_precision bf16 --cpu train.py --config {a}/config.yaml\n" in result.stdout
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_name_can_not_break_the_table(make_run):
-    run = report.read_run(make_run("a|b"))
-    assert "a\\|b" in report.comparison_table([run])
+    """In GitHub's Markdown a backslash in front of the one that is put before a bar would take its effect away."""
+    runs = [report.read_run(make_run(name)) for name in ("a|b", "c\\|d", "e\\")]
+    table = report.comparison_table(runs)
+    assert "| a\\|b " in table and "| c\\\\\\|d " in table and "| e\\\\ " in table
+
+
+def test_a_bare_address_stays_one(make_run):
+    run = report.read_run(make_run())
+    run.config["model"]["name"] = "https://example.org/?a_b"
+    assert "| https://example.org/?a_b |" in report.comparison_table([run])
 
 
 def test_names_are_shown_and_never_obeyed(make_run):
-    run = report.read_run(make_run("<script>x", epochs=(("<b>|\n", 0.1), ("[a](b)\x1b[31m\u202e", 0.2))))
+    phases = {"<b>|\n": 1, "[a](b)\x1b[31m\u202e": 1}
+    run = report.read_run(make_run("<script>x", phases))
     run.config["model"]["name"] = "<img src=x>"
     shown = "\n".join([report.comparison_table([run]), report.epochs_table(run), *report.phase_changes(run)])
     assert not set("<>\x1b\u202e") & set(shown.replace(" -> ", ""))
@@ -122,7 +122,7 @@ def test_what_is_no_run_folder_is_told(tmp_path, make_run, command):
     with pytest.raises(UserError, match="is not a run folder"):
         report.read_run(tmp_path / "nothing")
     damaged = make_run()
-    (damaged / "history.jsonl").write_text('{"epoch": 1')
+    (damaged / "history.jsonl").write_text('{"epoch": 1\n')
     result = command("report.py", str(damaged))
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
@@ -140,15 +140,39 @@ def test_it_never_imports_training_code(command, tmp_path):
     assert not modules & {"torch", "accelerate", "timm", "datasets", "train", "engine", "checkpoint", "data", "models"}
 
 
+def test_a_terminal_without_the_letters_of_a_name(make_run, command):
+    result = command("report.py", str(make_run("ünïcode")), env={"PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stderr) == (0, "") and "### \\xfcn\\xefcode\n" in result.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_ends_it_quietly(make_run, unbuffered):
+    """As in `report.py RUN | head -1`; here it has gone before the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    arguments = [sys.executable, "report.py", make_run()]
+    with open(writing, "wb") as gone:
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        result = subprocess.run(arguments, cwd=ROOT, env=environment, stdout=gone, stderr=subprocess.PIPE, timeout=120)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_another_pipe_that_breaks_is_no_quiet_end():
+    with pytest.raises(BrokenPipeError), told():
+        raise BrokenPipeError
+
+
 # ---- what it writes -------------------------------------------------------------------------------------------------
 
 
 def test_a_page_is_written_whole_into_a_new_folder_and_replaces_the_last_one(tmp_path, command):
     run, page = write_run(tmp_path / "run", TWO), tmp_path / "new" / "folder" / "page.html"
-    for _ in range(2):
-        result = command("report.py", str(run), "--output", str(page))
-        assert (result.returncode, result.stdout) == (0, f"page: {page}\n"), result.stderr
-        text = page.read_text(encoding="utf-8")
+    result = command("report.py", str(run), "--output", str(page))
+    assert (result.returncode, result.stdout) == (0, f"page: {page}\n"), result.stderr
+    first = page.read_text(encoding="utf-8")
+    page.write_text("the last one")
+    report.write_page(report.read_runs([run]), page)
+    for text in (first, page.read_text(encoding="utf-8")):
         assert text.startswith("<!doctype html>") and text.endswith("</html>")
     assert os.listdir(page.parent) == ["page.html"]
     assert os.stat(page).st_mode & 0o777 == 0o666 & ~_umask()
@@ -180,18 +204,22 @@ def test_a_page_that_fails_leaves_the_last_one_as_it_was(tmp_path, monkeypatch):
         (["--output", "{}/file/page.html"], "can't be written"),
         (["--output", "/proc/page.html"], "can't be written"),
         (["--output", "{}/" + 300 * "x" + ".html"], "can't be written"),
-        (["--plots", "{}/file"], "is no folder"),
+        (["--plots", "{}/file"], "can't be written"),
         (["--plots", "{}/file/plots"], "can't be written"),
+        (["--plots", "{}/" + 300 * "x"], "can't be written"),
     ],
 )
-def test_where_nothing_can_be_written_is_told(tmp_path, command, options, says):
+def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch, capsys, options, says):
     run = write_run(tmp_path / "run", TWO)
     before = (run / "history.jsonl").read_text()
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").write_text("mine")
-    result = command("report.py", str(run), *(option.replace("{}", str(tmp_path)) for option in options))
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: --") and says in result.stderr and result.stderr.count("\n") == 1
+    options = [option.replace("{}", str(tmp_path)) for option in options]
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), *options])
+    with pytest.raises(SystemExit, match="2"), told():
+        report.main()
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: --") and says in stderr and stderr.count("\n") == 1
     assert (run / "history.jsonl").read_text() == before and (tmp_path / "file").read_text() == "mine"
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.html", "run"]
 
@@ -209,3 +237,19 @@ def test_plots_are_written_as_png_and_svg(tmp_path, command):
     assert set(os.listdir(tmp_path / "plots")) == {f"{name}.{form}" for name in names for form in ("png", "svg")}
     assert result.stdout == f"plots: 13 figures in {tmp_path / 'plots'}\n"
     assert (tmp_path / "plots" / "learning-rate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_between_the_runs_is_left_out(tmp_path, monkeypatch, capsys):
+    """runs/* has the page that was written there the last time."""
+    run = write_run(tmp_path / "run", {"head": 1})
+    (tmp_path / "report.html").write_text("<!doctype html>")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), str(tmp_path / "report.html")])
+    report.main()
+    said = capsys.readouterr()
+    assert "run" in said.out and said.err == f"{tmp_path}/report.html: a file, no run folder: left out\n"
+
+
+def test_misspelt_options_are_answered(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", "run", "--ouput", "x.html"])
+    with pytest.raises(UserError, match=r"there is no option --ouput; did you mean --output"):
+        report.main()

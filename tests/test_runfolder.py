@@ -1,5 +1,8 @@
 import io
 import json
+import os
+import struct
+import zlib
 
 import pytest
 from PIL import Image
@@ -40,33 +43,51 @@ def test_figures_that_are_missing_or_not_finite_are_none_and_told(folder):
     rows = history(TWO)
     del rows[0]["val_top1"], rows[1]["phase"], rows[2]["images_per_second"], rows[2]["epoch"]
     rows[1] |= {"train_loss": float("nan"), "lr": "fast", "val_loss": float("inf"), "seconds": True, "step": 10**400}
+    rows[3] |= {"epoch": 0.5, "step": 10**308, "lr": 1.5e308}
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = read_run(folder)
     assert run.history[0]["val_top1"] is None
     assert run.history[2]["epoch"] == 3
     missing = ("train_loss", "lr", "val_loss", "seconds", "step")
     assert [run.history[1][key] for key in missing] == [None] * len(missing)
+    assert (run.history[3]["epoch"], run.history[3]["step"], run.history[3]["lr"]) == (4, None, None)
     assert run.history[1]["phase"] == "-"
     assert run.notes == ["history.jsonl: 3 figures are missing or not finite: shown as - and as gaps"]
 
 
-def test_half_a_line_that_a_crash_left_is_left_out(folder):
-    with (folder / "history.jsonl").open("a") as file:
-        file.write('{"phase": "finetune", "epo')
+@pytest.mark.parametrize("before", [0, 5])
+def test_half_a_line_that_a_crash_left_is_left_out(folder, before):
+    lines = (folder / "history.jsonl").read_text().splitlines(keepends=True)[:before]
+    (folder / "history.jsonl").write_text("".join([*lines, '{"phase": "finetune", "epo']))
     run = read_run(folder)
-    assert len(run.history) == 5
+    assert len(run.history) == before
     assert run.notes == ["history.jsonl: its last line is incomplete and left out"]
 
 
-@pytest.mark.parametrize("name", ["history.jsonl", "summary.json"])
-@pytest.mark.parametrize(
+damaged = pytest.mark.parametrize(
     "content", [b"3\n", b"[]\n", b"{\n{}\n", b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n", None]
 )
-def test_a_damaged_history_or_summary_is_told(folder, name, content):
-    (folder / name).unlink()
-    (folder / name).mkdir() if content is None else (folder / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name} is damaged"):
+
+
+def damage(path, content) -> None:
+    path.unlink()
+    path.mkdir() if content is None else path.write_bytes(content)
+
+
+@damaged
+def test_a_damaged_history_is_told(folder, content):
+    damage(folder / "history.jsonl", content)
+    with pytest.raises(UserError, match=r"history\.jsonl is damaged"):
         read_run(folder)
+
+
+@damaged
+def test_a_damaged_summary_is_left_out_with_a_line(folder, content):
+    damage(folder / "summary.json", content)
+    run = read_run(folder)
+    assert run.summary == {} and len(run.history) == 5
+    (note,) = run.notes
+    assert note.startswith("summary.json is left out: ") and note.isprintable()
 
 
 DAMAGE = {
@@ -81,6 +102,7 @@ DAMAGE = {
     "negative": lambda text: json.dumps(json.loads(text) | {"confusion": [[-1, 2], [3, 4]]}),
     "nan": lambda text: json.dumps(json.loads(text) | {"ece": float("nan")}),
     "another's name": lambda text: json.dumps(json.loads(text) | {"name": "<b>\x1b"}),
+    "endless": lambda text: json.dumps(json.loads(text) | {"mistakes": 101 * json.loads(text)["mistakes"][:1]}),
     "deep": lambda text: "[" * 100_000,
     "surrogate": lambda text: json.dumps(json.loads(text) | {"source": "\ud800"}),
 }
@@ -105,6 +127,20 @@ def test_predictions_that_lead_out_of_the_run_are_left_out(folder, tmp_path):
     assert run.predictions == []
     assert run.notes == ["predictions/test.json is left out: it leads out of the run folder"]
     assert thumbnail(run, "mistakes/test/00.png") is None
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "history.jsonl", "summary.json", "predictions/test.json"])
+@pytest.mark.parametrize(("kind", "says"), [("link", "it leads out of the run folder"), ("pipe", "not a file")])
+def test_links_that_lead_out_and_pipes_are_not_read(folder, tmp_path, name, kind, says):
+    write_predictions(folder, split("test", ["a", "b"]))
+    path = folder / name
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere") if kind == "link" else os.mkfifo(path)
+    try:
+        told = read_run(folder).notes
+    except UserError as error:
+        told = [str(error)]
+    assert len(told) == 1 and says in told[0]
 
 
 def test_names_are_cut_and_of_one_line(folder):
@@ -144,13 +180,19 @@ def test_a_thumbnail_that_is_no_small_png_is_not_read(folder):
     jpeg = io.BytesIO()
     Image.new("RGB", (8, 8)).save(jpeg, "JPEG")
     wide = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(wide, "PNG")
+    Image.new("1", (runfolder.THUMBNAIL_SIDE + 1, 8)).save(wide, "PNG")
+    # A head that says 30,000 x 30,000 pixels, before data that do not matter.
+    parts = [(b"IHDR", struct.pack(">2I5B", 30_000, 30_000, 1, 0, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")]
+    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(bomb))
     contents = {
-        "jpeg.png": jpeg.getvalue(), "wide.png": wide.getvalue(), "half.png": png()[:1000], "empty.png": b"",
-        "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.svg": png(), "a.json": png(),
+        "jpeg.png": jpeg.getvalue(), "wide.png": wide.getvalue(), "bomb.png": bomb, "half.png": png()[:1000],
+        "empty.png": b"", "svg.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "a.svg": png(), "a.json": png(),
         "large.png": png() + bytes(runfolder.THUMBNAIL_BYTES),
     }  # fmt: skip
-    assert len(wide.getvalue()) < runfolder.THUMBNAIL_BYTES  # so it is its size in pixels that is minded
     for name, content in contents.items():
         (predictions / name).write_bytes(content)
         assert thumbnail(run, name) is None, name
