@@ -257,6 +257,7 @@ def corrupted(tmp_path):
     return parquet_of(tmp_path, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("streaming", "where"),
     [(False, "the image in row (7|11) of split 'train'"), (True, "an image of (100|0) bytes .* names its row.")],

@@ -241,7 +241,8 @@ def check_lost(result):
     assert "--resume" in error
 
 
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_hub_that_stays_down_ends_the_run_soon_with_its_checkpoint(failing, command, tmp_path, workers):
     hub_server, run = failing(), tmp_path / "runs" / "run"
 

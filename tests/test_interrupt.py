@@ -45,6 +45,7 @@ def test_a_signal_to_the_whole_group_workers_included(long_run):
     assert_saved(run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_the_launcher(long_run):
     process, run = long_run(ACCELERATE)
     os.killpg(process.pid, signal.SIGINT)

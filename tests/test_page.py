@@ -240,6 +240,7 @@ def test_one_run_alone(browser, tmp_path):
     assert "there is no other configuration" in text
 
 
+@pytest.mark.slow
 def test_twenty_runs_stay_below_five_megabytes_and_show_all_figures_and_as_many_mistakes_as_fit(
     browser, tmp_path, monkeypatch
 ):

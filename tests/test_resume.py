@@ -87,6 +87,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
     assert_same(run, whole)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_traces_a_whole_epoch_not_the_rest_of_one(make_config, monkeypatch):
     config = make_config(PHASES)
     with monkeypatch.context() as patch:

@@ -161,9 +161,8 @@ def test_a_resumed_run_goes_on_under_the_same_id_in_wandb(start, tmp_path, no_ac
 HASTY = "import runpy, sys, tracking; tracking.WANDB_PATIENCE = 3; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 
 
-@pytest.mark.parametrize(
-    "fault", [pytest.param("its service is killed", marks=pytest.mark.slow), "it can't be reached any more"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["its service is killed", "it can't be reached any more"])
 def test_a_tracker_that_is_lost_in_mid_run_stops_nothing(long_run, tmp_path, fault):
     server = WandbServer()
     account = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "HOME": str(tmp_path)}
