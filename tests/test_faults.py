@@ -189,6 +189,7 @@ def test_one_of_two_processes_is_killed_and_torchrun_ends_the_other(long_run):
 BOTH = ("sh", "-c", 'RANK=1 LOCAL_RANK=1 "$@" 2>/dev/null & RANK=0 LOCAL_RANK=0 exec "$@"', "sh", sys.executable)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_the_other_ends_by_itself(long_run):
     """Without a launcher that would see to it: on another machine, say."""
     with socket.socket() as probe:

@@ -55,6 +55,7 @@ def test_ctrl_c_under_the_launcher(long_run):
     assert_saved(run)
 
 
+@pytest.mark.slow
 def test_the_launcher_alone_is_ended(long_run):
     """It passes nothing on; the training sees that it is gone, saves and ends."""
     process, run = long_run(ACCELERATE)
