@@ -240,8 +240,12 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
     accelerator.print(f"{describe(result)}\nwritten: {folder}/{name}.json, {target}")
 
 
-def _opened(args: argparse.Namespace, model: Classifier, part: str):
-    """A split as (its data, a loader of its rows in their order, their numbers or None for a stream)."""
+def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[int, int] | None = None):
+    """A split as (its data, a loader of its rows in their order, their numbers or None for a stream).
+
+    Args:
+        size: height and width that every image is brought to; None: where a batch's differ, or are too large.
+    """
     config = model.config.data
     if config.streams:  # one worker keeps a stream's order
         workers = min(1, data.default_workers() if config.workers is None else config.workers)
@@ -249,6 +253,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str):
     if part == "test" and config.test_split is None:
         raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
     source = data.load(config, only_test=part == "test")
+    source = dataclasses.replace(source, size=size or source.size)
     rows = getattr(source, part)
     if args.limit:
         rows = rows.take(args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
@@ -320,24 +325,29 @@ def submission(
 def _corrupted(args: argparse.Namespace, model: Classifier) -> tuple[distorted.Corrupted, torch.Tensor]:
     """The test split, decoded once, under all corruptions; and from its labels to the model's."""
     source, loader, _ = _opened(args, model, "test")
-    pixels, labels, shapes = [], [], set()
-    for batch in loader:
-        pixels.append(batch["image"].permute(0, 2, 3, 1))
-        labels.append(batch["label"])
-        shapes.add(tuple(pixels[-1].shape[1:]))
-        if sum(each.numel() for each in pixels) > model.config.data.keep_mb * 2**20:
-            raise UserError(
-                f"--robustness keeps the decoded test split in memory, which takes more than data.keep_mb "
-                f"{model.config.data.keep_mb} MB: raise it, or give a --limit"
-            )
-    if len(shapes) > 1:  # images of several sizes: all of them at the model's
-        source = dataclasses.replace(source, size=model.size)
-        loader = data.loader(source, "test", model.config.data, model.batch_size, seed=0)
-        pixels = [batch["image"].permute(0, 2, 3, 1) for batch in loader]
-    labels = torch.cat(labels)
+    batches = _decoded(loader, model.config.data.keep_mb)
+    if len({batch["image"].shape[2:] for batch in batches}) > 1:  # images of several sizes: all of them at the model's
+        _, loader, _ = _opened(args, model, "test", model.size)
+        batches = _decoded(loader, model.config.data.keep_mb)
+    labels = torch.cat([batch["label"] for batch in batches])
     counted = labels != IGNORED
-    rows = distorted.Corrupted(torch.cat(pixels)[counted].numpy(), labels[counted].numpy(), args.seed or 0)
+    pixels = torch.cat([batch["image"] for batch in batches])[counted].permute(0, 2, 3, 1).numpy()
+    rows = distorted.Corrupted(pixels, labels[counted].numpy(), args.seed or 0)
     return rows, model.labels_of(source.class_names, "data.source")
+
+
+def _decoded(loader, keep_mb: int) -> list[dict[str, torch.Tensor]]:
+    """All batches of a loader; UserError if they take more memory than they may."""
+    batches, size = [], 0
+    for batch in loader:
+        batches.append(batch)
+        size += batch["image"].numel()
+        if size > keep_mb * 2**20:
+            raise UserError(
+                "--robustness keeps the decoded test split in memory, which takes more than data.keep_mb "
+                f"{keep_mb} MB: raise it, or give a --limit"
+            )
+    return batches
 
 
 def robustness(
