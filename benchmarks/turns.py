@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,29 @@ WAY_OUT = os.dup(1)  # what is measured may print on stdout; the turns have a wa
 # ---- in the parent --------------------------------------------------------------------------------------------------
 
 
+class Clock:
+    """Seconds, without those for which this process and its children were stopped.
+
+    A benchmark of hours can so be put aside when its machine is wanted for something else: SIGTSTP (Ctrl-Z) to the
+    parent stops the whole process group, SIGCONT to the group (`fg`, `kill -CONT -- -GROUP`) goes on.
+    """
+
+    def __init__(self):
+        self.stopped = 0.0
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.stopped
+
+    def stop(self, *_) -> None:
+        """What SIGTSTP does."""
+        began = time.perf_counter()
+        os.killpg(0, signal.SIGSTOP)
+        self.stopped += time.perf_counter() - began
+
+
+clock = Clock()
+
+
 class Process:
     """A measured process; `ready` is the first value it gave.
 
@@ -76,6 +100,7 @@ class Process:
         command = [*launcher, sys.argv[0], *map(str, arguments), "--measure", name]
         env = {"ACCELERATE_MIXED_PRECISION": precision, "HF_HUB_OFFLINE": "1"}
         self.name, self.values, self.seconds = name, [], 0.0
+        signal.signal(signal.SIGTSTP, clock.stop)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env
         )
@@ -83,11 +108,11 @@ class Process:
 
     def turn(self):
         """Let it work; the value it gives, which `values` keeps, too. `seconds` counts the time of all turns."""
-        began = time.perf_counter()
+        began = clock()
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.values.append(self._hear())
-        self.seconds += time.perf_counter() - began
+        self.seconds += clock() - began
         return self.values[-1]
 
     def end(self) -> None:

@@ -1,7 +1,11 @@
 """The benchmarks run and say what they promise. What they measure is never asserted."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -58,6 +62,27 @@ def test_a_ratio_is_the_median_of_the_rounds_own(monkeypatch):
     one, two = turns.Process.__new__(turns.Process), turns.Process.__new__(turns.Process)
     one.values, two.values = [20, 2, 22], [10, 1, 11]
     assert turns.ratio(one, two) == 2
+
+
+def test_a_stop_is_no_time(tmp_path):
+    """Stopped for longer than anything takes here, and then asked what its clock says."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        f"import os, signal, sys, time; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import turns\n"
+        "signal.signal(signal.SIGTSTP, turns.clock.stop); began = turns.clock(); print('ready', flush=True)\n"
+        "input(); print(turns.clock() - began)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    began = time.perf_counter()
+    process.send_signal(signal.SIGTSTP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGCONT)
+    said = float(process.communicate("\n")[0])
+    assert said <= time.perf_counter() - began - 1
 
 
 @pytest.mark.slow
