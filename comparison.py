@@ -8,8 +8,8 @@ import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 
-from errors import plain
-from runfolder import NAME_LENGTH, Predictions, Run, number, shown
+from runfolder import Predictions, Run, number
+from text import NAME_LENGTH, plain, shown
 
 ORIGINS = {"robustness": "own corruptions", "cifar100c": "CIFAR-100-C"}  # of robustness figures
 AFTER = 5  # epochs after a phase change that its second jump spans

@@ -1,19 +1,14 @@
-"""The configuration: what a run is, where its values come from, and which values are valid.
+"""The configuration: what a run is, and which values are valid.
 
-A run is a model, a data source and a list of phases. A recipe (YAML) states them, the command line overrides single
-values (`--phases.finetune.lr 3e-5`). Both are merged into one tree of plain values first and checked after that, so
-overriding one value of one phase leaves its others alone. Each field's type, range and explanation stand here, once:
-`--help`, the error messages and the check are made from them. No torch here: `--help` must answer at once.
+A run is a model, a data source and a list of phases. Each field's type, range and explanation stand here, once:
+`--help` (commandline.py), the check and its messages (recipe.py) are made from them. No torch here: `--help` must
+answer at once.
 """
 
-import argparse
 import dataclasses
-import difflib
 import glob
 import os
 import re
-import reprlib
-import sys
 import typing
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,22 +19,16 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
-    TypeAdapter,
-    ValidationError,
     field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticUndefined
 
-from errors import UNPRINTABLE, USAGE, UserError, plain
+from errors import USAGE, UserError
+from text import UNPRINTABLE
 
-RECIPES = Path(__file__).parent / "recipes"
-DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
 PLAIN_NAME = {"pattern": r"^\w[\w.-]*$", "max_length": 100}  # of a folder, and of nothing above or below it
-SHORT = reprlib.Repr()  # of values in messages
-SHORT.maxstring = SHORT.maxother = 80
 
 
 def _split_commas(value):
@@ -311,293 +300,3 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-# ---- from files and command line to a checked Config ----------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as recipes mean it: a key is text and comes once, dates stay text, and nothing refers to something else.
-
-    Left alone PyYAML silently takes the last of two equal keys, and aliases of aliases make a small file huge.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise _malformed(self.peek_event(), "aliases (*name) are not read: write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if not key.tag.endswith((":str", ":merge")):
-                raise _malformed(key, f"the key {key.value if key.id == 'scalar' else ''} is not text: quote it")
-            if key.value in seen:
-                raise _malformed(key, f"the key '{key.value}' is there twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _malformed(node: yaml.Node | yaml.Event, problem: str) -> yaml.YAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
-
-
-def _read(text: str):
-    """The plain values that a text means as YAML; YAMLError if it is none."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise
-    except Exception as error:  # PyYAML lets through what `!!int x` or ten thousand brackets raise
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
-
-
-def read_yaml(path: Path) -> dict:
-    """The tree of plain values in a YAML file; UserError names the file and, where it is malformed, the line."""
-    try:
-        tree = _read(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
-        hint = _nearest(path.stem, known) or f"recipes: {', '.join(known)}"
-        raise UserError(f"--config: there is no file {path}; {hint}", USAGE) from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config: {path} is not a text file in UTF-8", USAGE) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"--config: {path} can't be read: {error}", USAGE) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else path
-        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})", USAGE) from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found {type(tree).__name__}", USAGE)
-    return tree
-
-
-def check(tree: dict, origin: str) -> Config:
-    """Parse and check a merged tree. UserError names each wrong field, its value and what is allowed."""
-    try:
-        return TypeAdapter(Config).validate_python(tree)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-        raise UserError(f"{origin}: " + "; ".join(lines[:5]) + more, USAGE) from None
-
-
-def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
-    """The command line of train.py as (configuration, run folder to resume or None).
-
-    A resumed run has its own config.yaml for a recipe, unless --config names one; what differs is judged later, by
-    `runs.opened`. `--help` prints the options with the chosen recipe's values as defaults and exits.
-
-    Raises:
-        UserError: an option or value that does not exist (the nearest valid one is named) or is out of range.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    first = QuietParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--run_name", "--output_dir"):
-        first.add_argument(name)
-    first.add_argument("--resume", nargs="?", const="")
-    chosen, _ = first.parse_known_args(argv)
-
-    path = Path(chosen.config) if chosen.config else DEFAULT_RECIPE
-    run = None if chosen.resume is None else _run_to_resume(chosen, path)
-    if run and not chosen.config:
-        path = run / "config.yaml"
-    tree = read_yaml(path)
-    tree.setdefault("recipe", _recipe_name(path))
-
-    overrides = vars(_parser(tree, path).parse_args(argv))
-    overrides.pop("config", None), overrides.pop("resume", None)
-    return overridden(tree, overrides, path), run
-
-
-def overridden(tree: dict, overrides: dict[str, str], path: Path) -> Config:
-    """The tree of a file with single values replaced (`{"phases.finetune.lr": "3e-5"}`), checked."""
-    for dotted, text in overrides.items():
-        _set(tree, dotted, text)
-    return check(tree, f"{path} and command line" if overrides else str(path))
-
-
-def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
-    """The run folder that --resume means: its own value, --run_name's, or the newest run of the recipe."""
-    if chosen.resume and chosen.run_name:
-        raise UserError("--resume: give a run folder or --run_name, not both", USAGE)
-    tree = read_yaml(recipe)
-    output_dir = Path(os.path.expanduser(str(chosen.output_dir or tree.get("output_dir") or Config.output_dir)))
-    name = str(tree.get("recipe") or _recipe_name(recipe))
-    if chosen.resume:
-        run = Path(os.path.expanduser(chosen.resume))
-    elif chosen.run_name:
-        run = output_dir / chosen.run_name
-    else:
-        known = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
-        run = next((path.parent for path in reversed(known) if read_yaml(path).get("recipe") == name), None)
-        if run is None:
-            raise UserError(f"--resume: {output_dir} holds no run of the recipe {name}; name one: --resume RUN", USAGE)
-    if not os.path.isfile(run / "config.yaml"):  # pathlib's raises where a name is too long
-        raise UserError(f"--resume: {run} is not a run folder (it has no config.yaml)", USAGE)
-    return run
-
-
-def _recipe_name(path: Path) -> str:
-    return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-")[:100] or "run"
-
-
-class QuietParser(argparse.ArgumentParser):
-    """Its errors are `UserError`s, of one line."""
-
-    def error(self, message):
-        raise UserError(message, USAGE)
-
-
-class Parser(QuietParser):
-    """An option that does not exist is answered with the nearest that does."""
-
-    def parse_args(self, argv):
-        values, unknown = self.parse_known_args(argv)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            name = unknown[0].split("=")[0]
-            hint = _nearest(name, known) or f"see python {self.prog} --help"
-            raise UserError(f"there is no option {name}; {hint}", USAGE)
-        return values
-
-
-def _parser(tree: dict, path: Path) -> Parser:
-    """An option for each field, and for each field of each phase that the recipe names."""
-    parser = Parser(
-        prog="train.py",
-        usage="accelerate launch train.py [--config FILE] [--OPTION VALUE ...]",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        argument_default=argparse.SUPPRESS,
-        description="Train an image classifier in phases. Without options: the report's Part 3, a pretrained\n"
-        "ResNet-50 fine-tuned on CIFAR-100, first its head, then its last two stages.",
-        epilog="examples:\n"
-        "  accelerate launch train.py\n"
-        "  accelerate launch --mixed_precision bf16 train.py --config recipes/deep_cnn.yaml\n"
-        "  accelerate launch train.py --data.source ~/photos --data.image_size 224 --phases.finetune.lr 3e-5\n"
-        f"\nDefaults shown are those of {path.name}; --config FILE --help shows another recipe's.\n"
-        "Precision, devices and processes are set through Accelerate: accelerate launch --help.",
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="recipe to start from (default: recipes/resnet50.yaml)"
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        metavar="RUN",
-        help="go on from a run folder's newest checkpoint (default: the folder of --run_name, or this recipe's newest)",
-    )
-    for name, cls in {"run": Config, **SECTIONS}.items():
-        values = tree if name == "run" else tree.get(name)
-        _add_group(parser, name, "" if name == "run" else f"{name}.", cls, values)
-    phases = tree.get("phases")
-    for name, values in (phases if isinstance(phases, dict) else {}).items():
-        _add_group(parser, f"phase '{name}'", f"phases.{name}.", PhaseConfig, values)
-    return parser
-
-
-def add_data_options(parser: Parser, names: tuple[str, ...], title: str, about: str) -> None:
-    """Options for some fields of the data section, which have no value unless they are given."""
-    group = parser.add_argument_group(title, about)
-    for name in names:
-        field = DataConfig.__pydantic_fields__[name]
-        metavar, text = _metavar(field.annotation), field.description.replace("%", "%%")
-        group.add_argument(f"--data.{name}", default=argparse.SUPPRESS, metavar=metavar, help=text)
-
-
-def _add_group(parser, title, prefix, cls, values):
-    group = parser.add_argument_group(title, None if cls is Config else cls.__doc__)
-    values = values if isinstance(values, dict) else {}
-    for name, field in cls.__pydantic_fields__.items():
-        if field.description is None:  # a section, or a recorded fact
-            continue
-        default = values.get(name, field.default)
-        text = field.description
-        if "(default" not in text or values.get(name) is not None:
-            text += " (required)" if default is PydanticUndefined else f" [{_show(default)}]"
-        group.add_argument(f"--{prefix}{name}", metavar=_metavar(field.annotation), help=text.replace("%", "%%"))
-
-
-def _show(value) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(_show, value))
-    return plain(value) if isinstance(value, str) else _quoted(value)
-
-
-def _quoted(value) -> str:
-    """A value as messages show it, cut where it is long."""
-    try:
-        return SHORT.repr(value)
-    except ValueError:  # Python does not write out a number of thousands of digits
-        return "a number of thousands of digits"
-
-
-def _metavar(annotation) -> str:
-    options = [option for option in (typing.get_args(annotation) or (annotation,)) if option is not type(None)]
-    if typing.get_origin(annotation) is Literal:
-        return "|".join(options)
-    if typing.get_origin(annotation) is tuple:
-        return "NAMES"
-    if "auto" in typing.get_args(options[-1]):
-        return "INT|auto"
-    return {bool: "true|false", int: "INT", float: "FLOAT"}.get(options[0], "TEXT")
-
-
-def _set(tree: dict, dotted: str, text: str):
-    """Put one override into the tree; its text is read as YAML reads it, so `null`, `true` and `[a, b]` work."""
-    *parents, name = dotted.split(".")
-    for parent in parents:
-        if not isinstance(tree.get(parent), dict):
-            tree[parent] = {}
-        tree = tree[parent]
-    field = _fields_at(dotted.split(".")[:-1])[name]
-    try:
-        # Text stays text: a run may be called 2026-11-23, or no.
-        tree[name] = text if field.annotation in (str, str | None) and text != "null" else _read(text)
-    except yaml.YAMLError:
-        tree[name] = text
-
-
-def _explain(problem: dict) -> str:
-    """One pydantic error as one sentence in the words of this project."""
-    location = [str(part) for part in problem["loc"] if part != "[key]"]
-    location = location or ["?"]  # pydantic hides a key that is called [key]
-    field, value = ".".join(location), problem["input"]
-    fields = _fields_at(location[:-1])
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        hint = _nearest(location[-1], list(fields)) or f"allowed: {', '.join(fields)}"
-        return f"there is no {field}; {hint}"
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"{field} is missing"
-    if problem["type"] == "literal_error":
-        allowed = typing.get_args(fields[location[-1]].annotation)
-        hint = (_nearest(value, list(allowed)) if isinstance(value, str) else "") or "allowed"
-        return f"{field}: {_quoted(value)} is not known; {hint} ({', '.join(allowed)})"
-    if problem["type"] == "string_pattern_mismatch":
-        signs = "_ -" if location[0] == "phases" else "_ . -"
-        return f"{field}: {_quoted(value)} must be a plain name (letters, digits, {signs}, no slash)"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    message = re.sub(r" or an instance of \w+|^String (?=should)", "", message)
-    return f"{field or 'configuration'}: {message}" + ("" if isinstance(value, dict) else f", not {_quoted(value)}")
-
-
-def _fields_at(location: list[str]) -> dict:
-    """The fields of the section that an error's location lies in."""
-    if not location:
-        return Config.__pydantic_fields__
-    sections = SECTIONS | {"environment": Environment}
-    return (PhaseConfig if location[0] == "phases" else sections.get(location[0], Config)).__pydantic_fields__
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else ""

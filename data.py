@@ -4,11 +4,9 @@ Every source becomes one `datasets` object with an undecoded image column and a 
 validation split, the decoding and the loaders are the same for all, streamed or memory-mapped.
 """
 
-import dataclasses
 import glob
 import hashlib
 import os
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,29 +16,21 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import torch
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
-from tqdm import tqdm
 
 import embedded
 import hub
 from config import DataConfig
-from decoding import ROW, Collate, CorruptImage, bytes_of, corrupt, decode
+from decoding import ROW, CorruptImage, bytes_of, corrupt, decode
 from errors import USAGE, UserError, first_line
-
-FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
-
-GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
 
 @dataclass(frozen=True)
 class Data:
-    """An opened source. The datasets hold encoded images, or decoded ones after `keep_decoded`."""
+    """An opened source. The datasets hold encoded images; after `loading.keep_decoded` they are its `Pixels`."""
 
-    train: "Dataset | IterableDataset | Pixels | None"
-    validation: "Dataset | IterableDataset | Pixels | None"
+    train: Dataset | IterableDataset | None
+    validation: Dataset | IterableDataset | None
     test: Dataset | IterableDataset | None
     image: str  # column
     label: str  # column
@@ -360,76 +350,6 @@ def _classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], 
     return np.unique(values)
 
 
-# ---- loaders ---------------------------------------------------------------------------------------------------------
-
-
-class Pixels(TorchDataset):
-    """Decoded rows in memory. Fetched by batches, so that nothing is left to collate.
-
-    Args:
-        images: uint8 (N, 3, H, W).
-        labels: int64 (N,).
-    """
-
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
-        self.images, self.labels = images, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        index = torch.tensor(rows)
-        return {"image": self.images[index], "label": self.labels[index]}
-
-
-def keep_decoded(data: Data, config: DataConfig, watch=lambda batches: batches, hidden: bool | None = True) -> Data:
-    """The same data with the training and validation rows decoded in memory, if they fit in `keep_mb`.
-
-    Each epoch then costs no decoding and needs no workers. Streams, images of several sizes, and more than fits are
-    left to be decoded as they are wanted. Shows a progress bar unless it is `hidden` (None: unless on a terminal).
-
-    Args:
-        watch: passes batches on, and may raise.
-
-    Raises:
-        UserError: what `Collate` raises for a row.
-    """
-    splits = {"train": data.train, "validation": data.validation}
-    collate = _collate(data, "train", config)
-    height, width = collate.shape
-    if any(isinstance(rows, IterableDataset) for rows in splits.values()):
-        return data
-    total = sum(map(len, splits.values()))
-    if total * 3 * height * width > config.keep_mb * 2**20:
-        return data
-    kept = {}
-    with tqdm(total=total, desc="decoding", unit=" images", leave=False, disable=hidden) as bar:
-        for name, rows in splits.items():
-            images = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
-            labels = torch.empty(len(rows), dtype=torch.int64)
-            workers = _workers(config) if len(rows) > FEW else 0
-            begin = 0
-            # The generator keeps the workers' seeds from being drawn from the one that training draws from.
-            for batch in watch(
-                DataLoader(
-                    rows,
-                    batch_size=256,
-                    num_workers=workers,
-                    collate_fn=collate,
-                    worker_init_fn=_outlive_signals,
-                    generator=torch.Generator(),
-                )
-            ):
-                if batch["image"].shape[2:] != (height, width):
-                    return data
-                end = begin + len(batch["label"])
-                images[begin:end], labels[begin:end] = batch["image"], batch["label"]
-                bar.update(end - begin)
-                begin = end
-            kept[name] = Pixels(images, labels)
-    return dataclasses.replace(data, **kept)
-
-
 def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
     """Height and width in pixels of the images that the model sees."""
     return (config.image_size, config.image_size) if config.image_size else data.size
@@ -458,96 +378,3 @@ def check_batch(data: Data, config: DataConfig) -> None:
         raise UserError(
             f"{config.source}: {len(data.train)} training rows are fewer rows than data.batch_size {config.batch_size}"
         )
-
-
-def loader(data: Data, split: str, config: DataConfig, batch_size: int, seed: int) -> DataLoader:
-    """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate.
-
-    Training rows are shuffled, anew each epoch, and an incomplete last batch is dropped.
-
-    Args:
-        batch_size: images per batch of one process.
-
-    """
-    dataset, training = getattr(data, split), split == "train"
-    streamed = isinstance(dataset, IterableDataset)
-    kept = isinstance(dataset, Pixels)
-    workers = 0 if kept else _workers(config)
-    if streamed:
-        workers = min(workers, dataset.num_shards)  # a shard is read by one worker
-        if training:
-            # Several shards are mixed by threads whose end costs 5 seconds an epoch; one shard needs none.
-            mixed = min(10, dataset.num_shards)
-            dataset = dataset.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=training and not streamed,
-        drop_last=training,
-        num_workers=workers,
-        # Not persistent: a loader draws a random number whenever it starts workers, and a resumed run has to draw as
-        # often as an uninterrupted one.
-        persistent_workers=False,
-        worker_init_fn=_outlive_signals,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=_as_it_is if kept else _collate(data, split, config),
-    )
-
-
-def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataLoader:
-    """A loader of a data set in its order; without `collate` it is fetched by batches, as `Pixels`."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=_workers(config),
-        worker_init_fn=_outlive_signals,
-        pin_memory=torch.cuda.is_available(),
-        collate_fn=collate or _as_it_is,
-    )
-
-
-def _collate(data: Data, split: str, config: DataConfig) -> Collate:
-    return Collate(
-        data.image,
-        data.label,
-        len(data.class_names),
-        data.size,
-        config.image_size,
-        split=config.test_split if split == "test" else config.train_split,
-        skip=config.on_corrupt == "skip",
-    )
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _outlive_signals(_worker: int) -> None:
-    """In a worker: a signal to the whole process group is the training's to obey, and it still has a step to finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-
-
-def images_in(prepared_loader) -> int | None:
-    """Images that a prepared training loader gives in one epoch, all processes together; None for a stream."""
-    try:
-        return len(prepared_loader) * prepared_loader.total_batch_size
-    except TypeError:
-        return None
-
-
-def _workers(config: DataConfig) -> int:
-    return default_workers() if config.workers is None else config.workers
-
-
-def default_workers() -> int:
-    """Cores of this machine less one for the training itself, shared by its processes; 1 to 4."""
-    return min(4, max(1, cores_per_process() - 1))
-
-
-def cores_per_process() -> int:
-    """CPU cores that this process may use (its affinity, where the system has one), shared with its siblings."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

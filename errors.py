@@ -2,18 +2,14 @@
 
 import contextlib
 import os
-import re
 import select
 import sys
 import traceback
 
+from text import plain
+
 USAGE = 2  # the command or the configuration is wrong: nothing was started
 RUN = 1  # the run itself failed: data, weights, the machine
-
-
-# Line breaks, terminal codes, broken UTF-8, and what XML may not hold.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
-PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # user:password@ of a URL
 
 
 class UserError(Exception):
@@ -38,11 +34,6 @@ class Interrupted(UserError):
 
     def __init__(self, message: str, number: int):
         super().__init__(message, 128 + number, shared=True)
-
-
-def plain(text: str) -> str:
-    """Text for a terminal: on one line, without what terminals obey, without the passwords of URLs."""
-    return PASSWORD.sub("", UNPRINTABLE.sub(" ", text))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ import urllib.request
 from pathlib import Path
 
 from config import Config
-from errors import PASSWORD, UserError
+from errors import UserError
+from text import PASSWORD
 
 PATIENCE = 3  # seconds; a working hub answers in well under one
 LOST_AFTER = 120  # seconds that one request is asked again for; a network that is down for a minute ends no run

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, is_bf16_available
 
-import data
+import loading
 from config import Config, Environment
 from errors import USAGE, UserError
 
@@ -40,7 +40,7 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
         raise UserError("fp16 does nothing on a CPU; use --mixed_precision bf16, or no", USAGE)
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
-        torch.set_num_threads(data.cores_per_process())
+        torch.set_num_threads(loading.cores_per_process())
     if accelerator.device.type == "cpu":
         _keep_memory()
     return accelerator

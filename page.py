@@ -15,8 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import comparison
 import plots
 from comparison import Table, conditions, figure, percent
-from errors import UserError, plain
+from errors import UserError
 from runfolder import Predictions, Run, thumbnail
+from text import plain
 
 LIMIT = 5_000_000  # bytes of a page: more is no fun on a phone, and no mail takes it
 PICTURES = 4_300_000  # of which pictures may have so many

@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrM
 from PIL import Image
 
 from comparison import best_epoch, conditions, percent
-from runfolder import DIRECTIONS, ClassFigures, Predictions, Run
+from runfolder import ClassFigures, Predictions, Run
+from text import shown
 
 # Small figures with letters of a usual size: a phone shows one at three quarters of its size, and it can be read there.
 WIDTH, HEIGHT = 4.8, 3.3  # inches
@@ -82,11 +83,6 @@ def stem(*words: str) -> str:
 def _linestyle(dashes: str):
     """Dashes as matplotlib takes them."""
     return (0, [float(length) for length in dashes.split()]) if dashes else "-"
-
-
-def _short(name: str, length: int = LONGEST) -> str:
-    name = DIRECTIONS.sub("", name)
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def _axes(width: float = WIDTH, height: float = HEIGHT):
@@ -219,7 +215,7 @@ def _finish(figure: Figure, axes, runs: list[Run], title: str, with_legend: bool
             for colour, dashes in map(style, range(len(runs)))
         ]
         # A no-break space in front: matplotlib leaves labels out that begin with an underscore.
-        names = ["\u00a0" + _short(run.name, 40) for run in runs]
+        names = ["\u00a0" + shown(run.name, 40) for run in runs]
         columns = 2 if len(runs) > 2 and max(map(len, names)) < 24 else 1
         figure.set_figheight(HEIGHT + 0.22 * -(-len(runs) // columns))
         figure.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
@@ -247,7 +243,7 @@ def _shade(axes, runs: list[Run]) -> bool:
         end = min((other for _, other in named if other > start), default=lasts[named] + 1)
         room = int(46 * (end - start) / width)  # letters
         if room >= min(4, len(name)):
-            axes.text(x, 1.02, _short(name, room), transform=axes.transAxes, fontsize=8, color="#555555")
+            axes.text(x, 1.02, shown(name, room), transform=axes.transAxes, fontsize=8, color="#555555")
     return bool(named)
 
 
@@ -292,11 +288,11 @@ def _confusion(run: Run, found: Predictions) -> Picture:
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(height=4.6 if labelled else 4.1)
         # The square root brings out what is rare: the mistakes.
-        shown = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+        image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
         if labelled:
             size = 9 if count <= COUNTED else 7
-            axes.set_xticks(range(count), [_short(name, 16) for name in names], rotation=90, fontsize=size)
-            axes.set_yticks(range(count), [_short(name, 16) for name in names], fontsize=size)
+            axes.set_xticks(range(count), [shown(name, 16) for name in names], rotation=90, fontsize=size)
+            axes.set_yticks(range(count), [shown(name, 16) for name in names], fontsize=size)
         if count <= COUNTED:
             for row in range(count):
                 for column in range(count):
@@ -309,7 +305,7 @@ def _confusion(run: Run, found: Predictions) -> Picture:
         axes.set_xlabel(f"predicted class{order}")
         axes.set_ylabel(f"true class{order}")
         axes.spines[:].set_visible(False)
-        bar = figure.colorbar(shown, ax=axes, ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
+        bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 5, 10, 25, 50, 100], shrink=0.8)
         bar.set_label("share of the true class (%)")
         bar.outline.set_visible(False)
     right = sum(counts[i][i] for i in range(count))
@@ -324,7 +320,7 @@ def _confusion(run: Run, found: Predictions) -> Picture:
 def _bars(run: Run, found: Predictions, parts: list[ClassFigures], what: str) -> Picture:
     parts = parts[:100]
     parts = sorted(parts, key=lambda part: -1 if part.top1 is None else part.top1)  # the best one comes on top
-    places, names = range(len(parts)), [f"{_short(part.name)} ({part.rows:,})" for part in parts]
+    places, names = range(len(parts)), [f"{shown(part.name, LONGEST)} ({part.rows:,})" for part in parts]
     below = [100 * (part.superclass_top1 or 0) for part in parts]
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(height=1.2 + 0.2 * len(parts))
@@ -381,12 +377,12 @@ def _reliability(run: Run, found: Predictions) -> Picture:
 
 def _robustness(run: Run, found: Predictions) -> Picture:
     rows = sorted(found.corruptions, key=lambda row: not row.in_mean15)
-    names = [_short(row.name.replace("_", " ")) + ("" if row.in_mean15 else " *") for row in rows]
+    names = [shown(row.name.replace("_", " "), LONGEST) + ("" if row.in_mean15 else " *") for row in rows]
     values = [[100 * value for value in row.top1] for row in rows]
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(height=1.1 + 0.22 * len(rows))
-        shown = axes.imshow(values, cmap="cividis", aspect="auto", vmin=0, vmax=max(map(max, values)) or 1)
-        half = shown.get_clim()[1] / 2
+        image = axes.imshow(values, cmap="cividis", aspect="auto", vmin=0, vmax=max(map(max, values)) or 1)
+        half = image.get_clim()[1] / 2
         for y, row in enumerate(values):
             for x, value in enumerate(row):
                 colour = "white" if value < half else "black"
@@ -397,7 +393,7 @@ def _robustness(run: Run, found: Predictions) -> Picture:
         axes.spines[:].set_visible(False)
         axes.set_xlabel("severity" + ("" if all(row.in_mean15 for row in rows) else "     (* not in the mean over 15)"))
         axes.set_ylabel("corruption")
-        figure.colorbar(shown, ax=axes, format=PercentFormatter(decimals=0)).set_label("top-1")
+        figure.colorbar(image, ax=axes, format=PercentFormatter(decimals=0)).set_label("top-1")
     worst = min(found.corruptions, key=lambda row: sum(row.top1))
     alt = f"Top-1 under {len(rows)} corruptions and 5 severities"
     alt += f", mean over 15 {percent(found.mean15)}" if found.mean15 is not None else ""

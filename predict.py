@@ -20,8 +20,10 @@ import re
 from pathlib import Path
 
 import hub
-from config import Config, Parser, add_data_options, hub_id, overridden, read_yaml
+from commandline import Parser, add_data_options
+from config import Config, hub_id
 from errors import USAGE, UserError, told
+from recipe import overridden, read_yaml
 
 WHICH_DATA = ("source", "train_split", "test_split", "image", "label")
 HOW_READ = ("streaming", "keep_mb", "on_corrupt", "workers", "batch_size", "micro_batch_size")
@@ -157,6 +159,7 @@ import decoding
 import distorted
 import faults
 import launch
+import loading
 import sharing
 from checkpoint import write_whole
 from inference import Classifier, described
@@ -248,7 +251,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
     """
     config = model.config.data
     if config.streams:  # one worker keeps a stream's order
-        workers = min(1, data.default_workers() if config.workers is None else config.workers)
+        workers = min(1, loading.default_workers() if config.workers is None else config.workers)
         config = dataclasses.replace(config, workers=workers)
     if part == "test" and config.test_split is None:
         raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
@@ -258,7 +261,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
     if args.limit:
         rows = rows.take(args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
         source = dataclasses.replace(source, **{part: rows})
-    loader = data.loader(source, part, config, model.batch_size, seed=0)
+    loader = loading.loader(source, part, config, model.batch_size, seed=0)
     return source, loader, None if config.streams else list(rows[decoding.ROW])
 
 
@@ -290,7 +293,7 @@ def images(
     collate = decoding.Collate(
         "image", "label", 1, data.first_size(rows, "image", config, None), config.image_size, skip=skip
     )
-    loader = data.batches(rows, config, model.batch_size, collate)
+    loader = loading.batches(rows, config, model.batch_size, collate)
     target, seen = args.output or folder / f"images-{_plain_name(args.images)}{_suffix(args)}.csv", 0
     with predictions_csv(accelerator, target, model.class_names) as write:
         for batch in model(loader, len(rows), "images"):
@@ -315,7 +318,7 @@ def submission(
     target, seen = args.output or folder / f"submission{_suffix(args)}.csv", 0
     label_of = [order.index(name) for name in model.class_names]
     with whole_csv(accelerator, target, ("id", "label")) as write:
-        for batch in model(data.batches(files, model.config.data, model.batch_size), len(files), "submission"):
+        for batch in model(loading.batches(files, model.config.data, model.batch_size), len(files), "submission"):
             ids = map(distorted.course_id, range(seen, seen + len(batch.labels)))
             write((row, label_of[predicted]) for row, predicted in zip(ids, batch.classes[:, 0].tolist(), strict=True))
             seen += len(batch.labels)
@@ -359,7 +362,7 @@ def robustness(
     folder: Path,
 ) -> None:
     """Accuracy under each corruption at each severity, and its means, as robustness.json or cifar100c.json."""
-    loader = data.batches(images, model.config.data, model.batch_size)
+    loader = loading.batches(images, model.config.data, model.batch_size)
     kind = "cifar100c" if args.cifar100c else "robustness"
     predicted = model(loader, len(images), kind, labels_of)
     found = distorted.table(torch.cat([batch.classes[:, 0] == batch.labels for batch in predicted]).numpy())

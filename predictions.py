@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from errors import UserError, plain
+from errors import UserError
 from inference import Predicted
 from metrics import IGNORED
-from sharing import DIRECTION
+from text import plain, shown
 
 WIDEST = 40  # characters of a class's name in a table
 COLUMNS = ("id", "label", "name", "probability", "top5")
@@ -149,23 +149,17 @@ def describe(result: dict) -> str:
     if result["confused"]:
         lines.append("most confused (true: taken for)")
         for one in result["confused"][:10]:
-            lines.append(f"  {shown(one['true'])}: {shown(one['predicted'])}, {one['share']:.1%}")
+            lines.append(f"  {shown(one['true'], WIDEST)}: {shown(one['predicted'], WIDEST)}, {one['share']:.1%}")
     return "\n".join(map(plain, lines))
 
 
 def _accuracies(title: str, rows: list[dict]) -> list[str]:
-    names = [shown(one["name"]) for one in rows]
+    names = [shown(one["name"], WIDEST) for one in rows]
     width = max(map(len, (title, *names)))
     lines = [
         f"  {name:{width}}  {_percent(one['top1']):>7}  {one['rows']:6,}" for name, one in zip(names, rows, strict=True)
     ]
     return [f"  {title:{width}}    top-1  images", *lines]
-
-
-def shown(name: str) -> str:
-    """A class's name as it fits a table: without signs that turn the text around, and not too long."""
-    name = plain(DIRECTION.sub("", name))
-    return name if len(name) <= WIDEST else f"{name[: WIDEST - 1]}…"
 
 
 def _percent(value: float | None) -> str:

@@ -20,9 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import comparison
-from config import Parser
-from errors import USAGE, UserError, plain, told
-from runfolder import DIRECTIONS, NAME_LENGTH, Run, read_run
+from commandline import Parser
+from errors import USAGE, UserError, told
+from runfolder import Run, read_run
+from text import NAME_LENGTH, plain
 
 COMPACT = ("run", "model", "phases", "best epoch", "val top-1", "test top-1", "test top-5", "minutes")  # on a terminal
 
@@ -98,7 +99,7 @@ def _text(value) -> str:
 
     A bare address stays one: GitHub makes a link of it that shows its target.
     """
-    text = html.escape(DIRECTIONS.sub("", plain(str(value))), quote=False)
+    text = html.escape(plain(str(value)), quote=False)
     return re.sub(r"([\\|\[])", r"\\\1", text)
 
 

@@ -8,7 +8,6 @@ file is read that lies elsewhere.
 import io
 import json
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from config import read_yaml
-from errors import USAGE, UserError, plain
+from errors import USAGE, UserError
+from recipe import read_yaml
+from text import plain, shown
 
-NAME_LENGTH = 80  # characters of a name that are shown
-DIRECTIONS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks that turn what follows around
 MOST_EPOCHS = 10**6  # a larger number is damage
 LARGEST = 1e30  # of any figure: what is larger is damage, too, and no axis has room for it
 CONFIG_BYTES = 2**18  # a config.yaml has about a thousand
@@ -32,15 +30,6 @@ FIGURES = (
     *("step", "seconds", "images_per_second"),
 )
 SUMMARY_FIGURES = ("parameters", "test_loss", "test_top1", "test_top5")
-
-
-def shown(value) -> str:
-    """A name that somebody else chose: one line, nothing that can't be written as UTF-8, cut where it is long."""
-    try:
-        text = plain(str(value))
-    except ValueError:  # Python does not write out a number of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= NAME_LENGTH else text[: NAME_LENGTH - 1] + "…"
 
 
 def number(value) -> float | None:

@@ -15,8 +15,9 @@ from filelock import FileLock, Timeout
 import launch
 import sharing
 from checkpoint import write_whole
-from config import Config, check, read_yaml
+from config import Config
 from errors import USAGE, UserError
+from recipe import check, read_yaml
 
 # What a resumed run may take from the command line: nothing that has left its mark on the weights. Phases that have not
 # begun are free too.

@@ -29,9 +29,11 @@ from huggingface_hub.utils import disable_progress_bars, httpx, logging
 import hub
 import models
 from checkpoint import BEST, write_whole
-from config import Config, hub_id, read_yaml
-from config import check as check_config
-from errors import USAGE, UserError, first_line, plain
+from config import Config, hub_id
+from errors import USAGE, UserError, first_line
+from recipe import check as check_config
+from recipe import read_yaml
+from text import plain
 
 HERE = "local-dir:best"  # where the card's example loads from, as seen from the run's folder
 SILENCE = 60  # seconds that the hub may take to answer; it looks through what came before it does
@@ -41,7 +43,6 @@ AUGMENTATION = {
     "report": "padded crop, flip, colour jitter of 0.2, rotation by up to 15 degrees",
     "none": "none",
 }
-DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # turns round the text that follows
 # All that is not harmless; an underscore is within a word, and a point within a number.
 MARKUP = re.compile(r"(?!(?<=\d)\.\d)[^\w ,()/+%-]|(?<![^\W_])_|_(?![^\W_])")
 
@@ -379,8 +380,8 @@ def _table(head: tuple[str, ...], rows) -> str:
 
 
 def _line(value) -> str:
-    """Foreign text on one line, in the order in which it is written."""
-    return " ".join(DIRECTION.sub("", plain(str(value))).split())
+    """Foreign text on one line, without gaps."""
+    return " ".join(plain(str(value)).split())
 
 
 def _text(value) -> str:

@@ -12,7 +12,8 @@ everything else is frozen. Parts 1 and 2 of the report are runs with one phase, 
 """
 
 import hub
-from config import Config, parse
+from commandline import parse
+from config import Config
 from errors import Interrupted, UserError, told
 
 if __name__ == "__main__":
@@ -34,6 +35,7 @@ import data
 import faults
 import folding
 import launch
+import loading
 import models
 import profiling
 import runs
@@ -105,11 +107,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
         stack.enter_context(faults.told(way_on, accelerator, micro_batch_size))
 
         hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
-        source = data.keep_decoded(source, config.data, interrupt.watch, hidden)
-        kept = isinstance(source.train, data.Pixels)
+        source = loading.keep_decoded(source, config.data, interrupt.watch, hidden)
+        kept = isinstance(source.train, loading.Pixels)
         accelerator.print(f"images: {'decoded once and kept in memory' if kept else 'decoded in each epoch'}")
-        train_rows = data.loader(source, "train", config.data, share, config.seed)
-        validation_rows = data.loader(source, "validation", config.data, share, config.seed)
+        train_rows = loading.loader(source, "train", config.data, share, config.seed)
+        validation_rows = loading.loader(source, "validation", config.data, share, config.seed)
 
         for index, (name, phase) in enumerate(config.phases.items()):
             if index < state.phase:
@@ -152,7 +154,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     profile = None
                 title = f"phase {name}, epoch {state.epoch + 1}"
                 try:
-                    for step in tracking.watch(steps, title, data.images_in(train_loader), state.epoch_step):
+                    for step in tracking.watch(steps, title, loading.images_in(train_loader), state.epoch_step):
                         images += step.images
                         state.end_step()
                         if checkpoints.due(state):
@@ -211,7 +213,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         tested = dict.fromkeys(("loss", "top1", "top5"))
         if source.test is not None:
             model = accelerator.prepare_model(model, evaluation_mode=True)
-            test_loader = accelerator.prepare(data.loader(source, "test", config.data, share, config.seed))
+            test_loader = accelerator.prepare(loading.loader(source, "test", config.data, share, config.seed))
             tested = validate(accelerator, model, interrupt.watch(test_loader), transform, micro_batch_size)
         summary = {"model": config.model.name, "best_epoch": state.best_epoch, "best_val_top1": state.best_top1}
         summary |= {f"test_{key}": value for key, value in tested.items()}

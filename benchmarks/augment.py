@@ -31,8 +31,9 @@ def main() -> None:
     import augment
     import data
     import decoding
-    from config import DataConfig, check
+    from config import DataConfig
     from models import CIFAR100_MEAN, CIFAR100_STD
+    from recipe import check
 
     source = data.load(DataConfig(source="embedded", embedded_rows=args.batch_size * 4))
     rows = [source.train[i % len(source.train)] for i in range(args.batch_size)]

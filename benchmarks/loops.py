@@ -18,7 +18,7 @@ CASES = {
 
 def config_of(case: str, source: str, batch_size: int, output_dir: str, **sections):
     """The configuration of an endless run of one case; keywords replace values of its sections."""
-    from config import check
+    from recipe import check
 
     model, phase, modules = CASES[case]
     tree = {
@@ -104,8 +104,8 @@ class Plain:
         from torch.utils.data import DataLoader, Dataset
         from torchvision import transforms as T
 
-        import data
         import decoding
+        import loading
 
         class Images(Dataset):
             """As torchvision's own CIFAR100: arrays in memory, each made a PIL image and transformed when wanted."""
@@ -122,7 +122,7 @@ class Plain:
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.criterion = torch.nn.CrossEntropyLoss()
-        workers = data.cores_per_process()
+        workers = loading.cores_per_process()
         training = Images(source.train, usual_transforms(mean, std))
         self.train_loader = DataLoader(training, batch_size, shuffle=True, drop_last=True, num_workers=workers)
         validation = Images(source.validation, T.Compose([T.ToTensor(), T.Normalize(mean, std)]))

@@ -91,13 +91,14 @@ def first_step(args, folder: str) -> None:
         return marked
 
     import data
+    import loading
     import models
     import train
     from tracking import Tracking
 
     marks["launched, imported"] = round(time.time() - began, 2)
     data.load, models.create = mark("data opened", data.load), mark("model made", models.create)
-    data.keep_decoded = mark("images decoded", data.keep_decoded)
+    loading.keep_decoded = mark("images decoded", loading.keep_decoded)
     watch = Tracking.watch
 
     def watch_one(*arguments):

@@ -27,7 +27,7 @@ VARIANTS = ("plain", "ours")
 
 def config_of(args, output_dir: str):
     """The recipe, with this data and these weights."""
-    from config import DEFAULT_RECIPE, check, read_yaml
+    from recipe import DEFAULT_RECIPE, check, read_yaml
 
     tree = read_yaml(DEFAULT_RECIPE)
     tree["model"] = {"name": "resnet50", "weights": str(args.weights)}

@@ -43,10 +43,10 @@ def answer(work: Callable[[], Iterable | None]) -> None:
     """
     import torch
 
-    import data
+    import loading
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    torch.set_num_threads(data.cores_per_process())
+    torch.set_num_threads(loading.cores_per_process())
     for value in work() or ():
         take(value)
 
@@ -186,11 +186,11 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
 def device_name() -> str:
     import torch
 
-    import data
+    import loading
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{data.cores_per_process()} CPU cores"
+    return f"{loading.cores_per_process()} CPU cores"
 
 
 def conditions() -> dict:
@@ -199,13 +199,13 @@ def conditions() -> dict:
 
     import torch
 
-    import data
+    import loading
 
     names = ("torch", "torchvision", "timm", "accelerate", "datasets")
     return {
         "device": device_name(),
         "machine": _processor(),
-        "threads": data.cores_per_process(),
+        "threads": loading.cores_per_process(),
         "system": platform.system(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},

@@ -28,7 +28,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 
 import data
-from config import Config, DataConfig, check
+from config import Config, DataConfig
+from recipe import check
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(2)

@@ -12,12 +12,14 @@ from test_faults import Small
 from torch import nn
 
 import data
+import loading
 import models
-from config import DataConfig, ModelConfig, PhaseConfig, check
+from config import DataConfig, ModelConfig, PhaseConfig
 from engine import train_epoch, unwrap, validate
 from faults import fitting_micro_batch
 from metrics import Classification
 from phases import make_optimizer
+from recipe import check
 
 SGD = PhaseConfig(modules="all", epochs=1, lr=0.05, optimizer="sgd")
 
@@ -68,8 +70,8 @@ def corrupt_images(accelerator: Accelerator, corrupted: str) -> None:
     model, optimizer, train_rows, test_rows = accelerator.prepare(
         model,
         make_optimizer(SGD, model),
-        data.loader(source, "train", config, 2, 0),
-        data.loader(source, "test", config, 4, 0),
+        loading.loader(source, "train", config, 2, 0),
+        loading.loader(source, "test", config, 4, 0),
     )
     metrics, transform = Classification(), lambda images: images.float() / 255
     steps = sum(1 for _ in train_epoch(accelerator, model, train_rows, transform, optimizer, metrics, 2))
@@ -94,7 +96,7 @@ def main(parquet: str, corrupted: str) -> None:
         source = data.load(config)
         model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
-        rows = accelerator.prepare(data.loader(source, "validation", config, 7, seed=0))
+        rows = accelerator.prepare(loading.loader(source, "validation", config, 7, seed=0))
         result[f"validate_{'streamed' if streaming else 'mapped'}"] = validate(
             accelerator, prepared, rows, lambda images: images.float() / 255, 3
         )
@@ -114,7 +116,7 @@ def main(parquet: str, corrupted: str) -> None:
         models.freeze_all_but(model, modules)
         optimizer = make_optimizer(PhaseConfig(modules=modules, epochs=1, lr=0.05, optimizer="sgd"), model)
         prepared, optimizer, rows = accelerator.prepare(
-            model, optimizer, data.loader(source, "train", config, 16, seed=0)
+            model, optimizer, loading.loader(source, "train", config, 16, seed=0)
         )
         metrics = Classification()
 

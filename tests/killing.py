@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import data
 import train
-from config import check
 from errors import UserError
+from recipe import check
 
 PLACES = ("starting", "phase 1", "phase 2", "validation", "writing a checkpoint", "test")
 TIMINGS = ("seconds", "seconds_left", "images_per_second", "minutes")

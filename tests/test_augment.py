@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 import augment
-from config import check
+from recipe import check
 
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 

@@ -13,12 +13,12 @@ import pytest
 import timm
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from images import encode, noise, png_header
 from safetensors.torch import save_file
-from test_data import encode, noise, png_header
 
 import hub
 import train
-from config import parse
+from commandline import parse
 from errors import told
 
 RECIPE = """\

@@ -6,8 +6,9 @@ import pytest
 from run_folders import config, corrupted, history, split, write_predictions, write_run
 
 import comparison
-from config import check
-from runfolder import NAME_LENGTH, read_run
+from recipe import check
+from runfolder import read_run
+from text import NAME_LENGTH
 
 TWO = {"head": 2, "finetune": 3}
 

@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
-from config import RECIPES, check, parse
+from commandline import parse
 from errors import UserError
+from recipe import DEFAULT_RECIPE, RECIPES, check
 
 
 def tree(**phase):
@@ -222,7 +223,7 @@ def config_or_one_line(argv: list[str]) -> None:
 @FUZZ
 @given(st.lists(st.tuples(PLACES, VALUES), min_size=1, max_size=3))
 def test_any_tree_is_a_configuration_or_told_in_one_line(tmp_path, grafts):
-    recipe = yaml.safe_load(config.DEFAULT_RECIPE.read_text())
+    recipe = yaml.safe_load(DEFAULT_RECIPE.read_text())
     for place, value in grafts:
         *parents, name = place.split(".")
         tree = recipe

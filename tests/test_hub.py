@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import data
 import hub
-from config import RECIPES, parse
+from commandline import parse
 from errors import UserError
+from recipe import RECIPES
 
 README = """---
 configs:

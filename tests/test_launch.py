@@ -9,10 +9,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from conftest import ROOT
-from test_data import encode, noise, parquet_of
+from images import encode, noise, parquet_of
 
 import data
 import launch
+import loading
 import models
 from config import DataConfig, ModelConfig
 from engine import validate
@@ -42,7 +43,7 @@ def test_two_processes_measure_and_train_as_one(command, parquet, tmp_path):
     for kind in ("mapped", "streamed"):
         set_seed(0)
         model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
-        rows = data.loader(source, "validation", config, 7, seed=0)
+        rows = loading.loader(source, "validation", config, 7, seed=0)
         alone = validate(accelerator, model, rows, lambda images: images.float() / 255, 7)
         assert measured[f"validate_{kind}"] == pytest.approx(alone, rel=1e-5), kind
     assert measured["head"] == measured["layer3"] == len(source.train) // 32 * 32
@@ -82,7 +83,7 @@ def test_fp16_on_a_cpu_is_refused(make_config, monkeypatch):
 )
 def test_threads_are_all_cores_unless_the_user_says_otherwise(make_config, monkeypatch, given, processes, threads):
     """accelerate launch sets OMP_NUM_THREADS to 1 where the user did not."""
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -19,9 +19,9 @@ import decoding
 import distorted
 import predict
 import train
-from config import DataConfig, check
+from config import DataConfig
 from errors import UserError
-from predictions import shown
+from recipe import check
 
 ROWS = 3  # of each severity of the small .npy files
 
@@ -111,12 +111,6 @@ def test_a_link_stays_one(run, tmp_path):
     judge(run, "--limit", "3", "--output", tmp_path / "link.csv")
     assert (tmp_path / "link.csv").is_symlink()
     assert len(table(tmp_path / "real.csv")) == 3
-
-
-def test_names_fit_the_terminals_tables():
-    assert shown("cat") == "cat"
-    assert shown("\u202ecat\x1b[31m") == "cat [31m"
-    assert len(shown("x" * 200)) == 40
 
 
 def test_a_stream_is_predicted_in_its_order(run):

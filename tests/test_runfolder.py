@@ -11,6 +11,7 @@ from run_folders import history, png, split, write_predictions, write_run
 import runfolder
 from errors import UserError
 from runfolder import read_run, thumbnail
+from text import NAME_LENGTH
 
 TWO = {"head": 2, "finetune": 3}
 
@@ -146,7 +147,7 @@ def test_links_that_lead_out_and_pipes_are_not_read(folder, tmp_path, name, kind
 def test_names_are_cut_and_of_one_line(folder):
     write_predictions(folder, split("test", ["a\nb\x1b[31m", "x" * 10_000]))
     names = read_run(folder).predictions[0].class_names
-    assert names[0] == "a b [31m" and len(names[1]) == runfolder.NAME_LENGTH
+    assert names[0] == "a b [31m" and len(names[1]) == NAME_LENGTH
 
 
 # ---- thumbnails -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from conftest import ROOT, phase
 from filelock import FileLock
 
 import runs
-from config import check, parse, read_yaml
+from commandline import parse
 from errors import UserError
+from recipe import check, read_yaml
 
 THREE = {"head": phase(modules="head", epochs=2), "middle": phase(epochs=2), "last": phase(epochs=2)}
 

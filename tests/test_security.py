@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, phase
 from datasets import ClassLabel, Dataset, Features, Image
-from test_data import encode, noise
+from images import encode, noise
 
 import models
 import report
 import train
-from config import ModelConfig, parse
+from commandline import parse
+from config import ModelConfig
 from errors import UserError
 
 NAMES = ["../../x", "<script>alert(1)</script>", "=cmd()", "+1", "@x", "a|b", "/etc/x", "\x1b[31mred"]

@@ -29,8 +29,10 @@ import models
 import runs
 import sharing
 import train
-from config import check, hub_id, parse, read_yaml
+from commandline import parse
+from config import hub_id
 from errors import UserError
+from recipe import check, read_yaml
 
 TOKEN = "hf_markermarkermarker"
 HOSTILE = ["<script>alert(1)</script>", "a|b", "---", "\"quoted\" 'twice'", "two\nlines", "\u202egnp.exe", "قطة", "",

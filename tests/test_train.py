@@ -258,7 +258,7 @@ def test_decoding_in_each_epoch_trains_the_same(make_config, parquet, tmp_path, 
     features = datasets.load_dataset("parquet", data_files=str(parquet / "train-*"))["train"].features
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "data" / "train.parquet")
     values = {"source": str(tmp_path / "data"), "test_split": None, "on_corrupt": "skip"}
-    real, keeping = train.data.keep_decoded, []
+    real, keeping = train.loading.keep_decoded, []
 
     def spy(*args):
         keeping.append(real(*args))
@@ -267,7 +267,7 @@ def test_decoding_in_each_epoch_trains_the_same(make_config, parquet, tmp_path, 
     monkeypatch.setattr(train.data, "keep_decoded", spy)
     kept = train.train(make_config(run_name="kept", data=values))
     decoded = train.train(make_config(run_name="decoded", data=values | {"keep_mb": 0}))
-    assert [isinstance(source.train, train.data.Pixels) for source in keeping] == [True, False]
+    assert [isinstance(source.train, train.loading.Pixels) for source in keeping] == [True, False]
     assert any("train_corrupt" in row for row in history(kept)), "it was trained on, in one epoch at least"
     assert untimed(kept) == untimed(decoded)
     one, other = (load_file(run / "best" / "model.safetensors") for run in (kept, decoded))

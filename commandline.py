@@ -1,0 +1,168 @@
+"""The command line of train.py, and what the other commands' have in common with it.
+
+Each option is a field of `config.py`, with its help. No torch here: `--help` must answer at once.
+"""
+
+import argparse
+import os
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Literal
+
+from pydantic_core import PydanticUndefined
+
+from config import SECTIONS, Config, DataConfig, PhaseConfig
+from errors import USAGE, UserError
+from recipe import DEFAULT_RECIPE, nearest, overridden, quoted, read_yaml
+from text import plain
+
+
+def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
+    """The command line of train.py as (configuration, run folder to resume or None).
+
+    A resumed run has its own config.yaml for a recipe, unless --config names one; what differs is judged later, by
+    `runs.opened`. `--help` prints the options with the chosen recipe's values as defaults and exits.
+
+    Raises:
+        UserError: an option or value that does not exist (the nearest valid one is named) or is out of range.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = QuietParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--run_name", "--output_dir"):
+        first.add_argument(name)
+    first.add_argument("--resume", nargs="?", const="")
+    chosen, _ = first.parse_known_args(argv)
+
+    path = Path(chosen.config) if chosen.config else DEFAULT_RECIPE
+    run = None if chosen.resume is None else _run_to_resume(chosen, path)
+    if run and not chosen.config:
+        path = run / "config.yaml"
+    tree = read_yaml(path)
+    tree.setdefault("recipe", _recipe_name(path))
+
+    overrides = vars(_parser(tree, path).parse_args(argv))
+    overrides.pop("config", None), overrides.pop("resume", None)
+    return overridden(tree, overrides, path), run
+
+
+def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
+    """The run folder that --resume means: its own value, --run_name's, or the newest run of the recipe."""
+    if chosen.resume and chosen.run_name:
+        raise UserError("--resume: give a run folder or --run_name, not both", USAGE)
+    tree = read_yaml(recipe)
+    output_dir = Path(os.path.expanduser(str(chosen.output_dir or tree.get("output_dir") or Config.output_dir)))
+    name = str(tree.get("recipe") or _recipe_name(recipe))
+    if chosen.resume:
+        run = Path(os.path.expanduser(chosen.resume))
+    elif chosen.run_name:
+        run = output_dir / chosen.run_name
+    else:
+        known = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        run = next((path.parent for path in reversed(known) if read_yaml(path).get("recipe") == name), None)
+        if run is None:
+            raise UserError(f"--resume: {output_dir} holds no run of the recipe {name}; name one: --resume RUN", USAGE)
+    if not os.path.isfile(run / "config.yaml"):  # pathlib's raises where a name is too long
+        raise UserError(f"--resume: {run} is not a run folder (it has no config.yaml)", USAGE)
+    return run
+
+
+def _recipe_name(path: Path) -> str:
+    return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-")[:100] or "run"
+
+
+class QuietParser(argparse.ArgumentParser):
+    """Its errors are `UserError`s, of one line."""
+
+    def error(self, message):
+        raise UserError(message, USAGE)
+
+
+class Parser(QuietParser):
+    """An option that does not exist is answered with the nearest that does."""
+
+    def parse_args(self, argv):
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            name = unknown[0].split("=")[0]
+            hint = nearest(name, known) or f"see python {self.prog} --help"
+            raise UserError(f"there is no option {name}; {hint}", USAGE)
+        return values
+
+
+def _parser(tree: dict, path: Path) -> Parser:
+    """An option for each field, and for each field of each phase that the recipe names."""
+    parser = Parser(
+        prog="train.py",
+        usage="accelerate launch train.py [--config FILE] [--OPTION VALUE ...]",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        argument_default=argparse.SUPPRESS,
+        description="Train an image classifier in phases. Without options: the report's Part 3, a pretrained\n"
+        "ResNet-50 fine-tuned on CIFAR-100, first its head, then its last two stages.",
+        epilog="examples:\n"
+        "  accelerate launch train.py\n"
+        "  accelerate launch --mixed_precision bf16 train.py --config recipes/deep_cnn.yaml\n"
+        "  accelerate launch train.py --data.source ~/photos --data.image_size 224 --phases.finetune.lr 3e-5\n"
+        f"\nDefaults shown are those of {path.name}; --config FILE --help shows another recipe's.\n"
+        "Precision, devices and processes are set through Accelerate: accelerate launch --help.",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="recipe to start from (default: recipes/resnet50.yaml)"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        metavar="RUN",
+        help="go on from a run folder's newest checkpoint (default: the folder of --run_name, or this recipe's newest)",
+    )
+    for name, cls in {"run": Config, **SECTIONS}.items():
+        values = tree if name == "run" else tree.get(name)
+        _add_group(parser, name, "" if name == "run" else f"{name}.", cls, values)
+    phases = tree.get("phases")
+    for name, values in (phases if isinstance(phases, dict) else {}).items():
+        _add_group(parser, f"phase '{name}'", f"phases.{name}.", PhaseConfig, values)
+    return parser
+
+
+def add_data_options(parser: Parser, names: tuple[str, ...], title: str, about: str) -> None:
+    """Options for some fields of the data section, which have no value unless they are given."""
+    group = parser.add_argument_group(title, about)
+    for name in names:
+        field = DataConfig.__pydantic_fields__[name]
+        metavar, text = _metavar(field.annotation), field.description.replace("%", "%%")
+        group.add_argument(f"--data.{name}", default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def _add_group(parser, title, prefix, cls, values):
+    group = parser.add_argument_group(title, None if cls is Config else cls.__doc__)
+    values = values if isinstance(values, dict) else {}
+    for name, field in cls.__pydantic_fields__.items():
+        if field.description is None:  # a section, or a recorded fact
+            continue
+        default = values.get(name, field.default)
+        text = field.description
+        if "(default" not in text or values.get(name) is not None:
+            text += " (required)" if default is PydanticUndefined else f" [{_show(default)}]"
+        group.add_argument(f"--{prefix}{name}", metavar=_metavar(field.annotation), help=text.replace("%", "%%"))
+
+
+def _show(value) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_show, value))
+    return plain(value) if isinstance(value, str) else quoted(value)
+
+
+def _metavar(annotation) -> str:
+    options = [option for option in (typing.get_args(annotation) or (annotation,)) if option is not type(None)]
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(options)
+    if typing.get_origin(annotation) is tuple:
+        return "NAMES"
+    if "auto" in typing.get_args(options[-1]):
+        return "INT|auto"
+    return {bool: "true|false", int: "INT", float: "FLOAT"}.get(options[0], "TEXT")

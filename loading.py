@@ -1,0 +1,177 @@
+"""From opened data to the loaders that training reads: what is decoded when, by whom, in which order."""
+
+import dataclasses
+import os
+import signal
+
+import torch
+from datasets import IterableDataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from config import DataConfig
+from data import Data
+from decoding import Collate
+
+FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
+GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
+
+
+class Pixels(Dataset):
+    """Decoded rows in memory. Fetched by batches, so that nothing is left to collate.
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        labels: int64 (N,).
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        index = torch.tensor(rows)
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches, hidden: bool | None = True) -> Data:
+    """The same data with the training and validation rows decoded in memory, if they fit in `keep_mb`.
+
+    Each epoch then costs no decoding and needs no workers. Streams, images of several sizes, and more than fits are
+    left to be decoded as they are wanted. Shows a progress bar unless it is `hidden` (None: unless on a terminal).
+
+    Args:
+        watch: passes batches on, and may raise.
+
+    Raises:
+        UserError: what `Collate` raises for a row.
+    """
+    splits = {"train": source.train, "validation": source.validation}
+    collate = _collate(source, "train", config)
+    height, width = collate.shape
+    if any(isinstance(rows, IterableDataset) for rows in splits.values()):
+        return source
+    total = sum(map(len, splits.values()))
+    if total * 3 * height * width > config.keep_mb * 2**20:
+        return source
+    kept = {}
+    with tqdm(total=total, desc="decoding", unit=" images", leave=False, disable=hidden) as bar:
+        for name, rows in splits.items():
+            images = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
+            labels = torch.empty(len(rows), dtype=torch.int64)
+            workers = _workers(config) if len(rows) > FEW else 0
+            begin = 0
+            # The generator keeps the workers' seeds from being drawn from the one that training draws from.
+            for batch in watch(
+                DataLoader(
+                    rows,
+                    batch_size=256,
+                    num_workers=workers,
+                    collate_fn=collate,
+                    worker_init_fn=_outlive_signals,
+                    generator=torch.Generator(),
+                )
+            ):
+                if batch["image"].shape[2:] != (height, width):
+                    return source
+                end = begin + len(batch["label"])
+                images[begin:end], labels[begin:end] = batch["image"], batch["label"]
+                bar.update(end - begin)
+                begin = end
+            kept[name] = Pixels(images, labels)
+    return dataclasses.replace(source, **kept)
+
+
+def loader(source: Data, split: str, config: DataConfig, batch_size: int, seed: int) -> DataLoader:
+    """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate.
+
+    Training rows are shuffled, anew each epoch, and an incomplete last batch is dropped.
+
+    Args:
+        batch_size: images per batch of one process.
+
+    """
+    dataset, training = getattr(source, split), split == "train"
+    streamed = isinstance(dataset, IterableDataset)
+    kept = isinstance(dataset, Pixels)
+    workers = 0 if kept else _workers(config)
+    if streamed:
+        workers = min(workers, dataset.num_shards)  # a shard is read by one worker
+        if training:
+            # Several shards are mixed by threads whose end costs 5 seconds an epoch; one shard needs none.
+            mixed = min(10, dataset.num_shards)
+            dataset = dataset.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=training and not streamed,
+        drop_last=training,
+        num_workers=workers,
+        # Not persistent: a loader draws a random number whenever it starts workers, and a resumed run has to draw as
+        # often as an uninterrupted one.
+        persistent_workers=False,
+        worker_init_fn=_outlive_signals,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=_as_it_is if kept else _collate(source, split, config),
+    )
+
+
+def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataLoader:
+    """A loader of a data set in its order; without `collate` it is fetched by batches, as `Pixels`."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=_workers(config),
+        worker_init_fn=_outlive_signals,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate or _as_it_is,
+    )
+
+
+def _collate(source: Data, split: str, config: DataConfig) -> Collate:
+    return Collate(
+        source.image,
+        source.label,
+        len(source.class_names),
+        source.size,
+        config.image_size,
+        split=config.test_split if split == "test" else config.train_split,
+        skip=config.on_corrupt == "skip",
+    )
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _outlive_signals(_worker: int) -> None:
+    """In a worker: a signal to the whole process group is the training's to obey, and it still has a step to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+
+
+def images_in(prepared_loader) -> int | None:
+    """Images that a prepared training loader gives in one epoch, all processes together; None for a stream."""
+    try:
+        return len(prepared_loader) * prepared_loader.total_batch_size
+    except TypeError:
+        return None
+
+
+def _workers(config: DataConfig) -> int:
+    return default_workers() if config.workers is None else config.workers
+
+
+def default_workers() -> int:
+    """Cores of this machine less one for the training itself, shared by its processes; 1 to 4."""
+    return min(4, max(1, cores_per_process() - 1))
+
+
+def cores_per_process() -> int:
+    """CPU cores that this process may use (its affinity, where the system has one), shared with its siblings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,0 +1,161 @@
+"""From a recipe to a checked configuration: YAML read with suspicion, single values replaced, mistakes explained.
+
+A recipe (YAML) states a run's values, the command line overrides single ones (`--phases.finetune.lr 3e-5`). Both are
+merged into one tree of plain values first and checked after that, so overriding one value of one phase leaves its
+others alone.
+"""
+
+import difflib
+import re
+import reprlib
+import typing
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from config import SECTIONS, Config, Environment, PhaseConfig
+from errors import USAGE, UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
+SHORT = reprlib.Repr()  # of values in messages
+SHORT.maxstring = SHORT.maxother = 80
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as recipes mean it: a key is text and comes once, dates stay text, and nothing refers to something else.
+
+    Left alone PyYAML silently takes the last of two equal keys, and aliases of aliases make a small file huge.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise _malformed(self.peek_event(), "aliases (*name) are not read: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if not key.tag.endswith((":str", ":merge")):
+                raise _malformed(key, f"the key {key.value if key.id == 'scalar' else ''} is not text: quote it")
+            if key.value in seen:
+                raise _malformed(key, f"the key '{key.value}' is there twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _malformed(node: yaml.Node | yaml.Event, problem: str) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+def _read(text: str):
+    """The plain values that a text means as YAML; YAMLError if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML lets through what `!!int x` or ten thousand brackets raise
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+
+
+def read_yaml(path: Path) -> dict:
+    """The tree of plain values in a YAML file; UserError names the file and, where it is malformed, the line."""
+    try:
+        tree = _read(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = sorted(recipe.stem for recipe in RECIPES.glob("*.yaml"))
+        hint = nearest(path.stem, known) or f"recipes: {', '.join(known)}"
+        raise UserError(f"--config: there is no file {path}; {hint}", USAGE) from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config: {path} is not a text file in UTF-8", USAGE) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config: {path} can't be read: {error}", USAGE) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})", USAGE) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found {type(tree).__name__}", USAGE)
+    return tree
+
+
+def check(tree: dict, origin: str) -> Config:
+    """Parse and check a merged tree. UserError names each wrong field, its value and what is allowed."""
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        raise UserError(f"{origin}: " + "; ".join(lines[:5]) + more, USAGE) from None
+
+
+def overridden(tree: dict, overrides: dict[str, str], path: Path) -> Config:
+    """The tree of a file with single values replaced (`{"phases.finetune.lr": "3e-5"}`), checked."""
+    for dotted, text in overrides.items():
+        _set(tree, dotted, text)
+    return check(tree, f"{path} and command line" if overrides else str(path))
+
+
+def _set(tree: dict, dotted: str, text: str):
+    """Put one override into the tree; its text is read as YAML reads it, so `null`, `true` and `[a, b]` work."""
+    *parents, name = dotted.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    field = _fields_at(dotted.split(".")[:-1])[name]
+    try:
+        # Text stays text: a run may be called 2026-11-23, or no.
+        tree[name] = text if field.annotation in (str, str | None) and text != "null" else _read(text)
+    except yaml.YAMLError:
+        tree[name] = text
+
+
+def _explain(problem: dict) -> str:
+    """One pydantic error as one sentence in the words of this project."""
+    location = [str(part) for part in problem["loc"] if part != "[key]"]
+    location = location or ["?"]  # pydantic hides a key that is called [key]
+    field, value = ".".join(location), problem["input"]
+    fields = _fields_at(location[:-1])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        hint = nearest(location[-1], list(fields)) or f"allowed: {', '.join(fields)}"
+        return f"there is no {field}; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{field} is missing"
+    if problem["type"] == "literal_error":
+        allowed = typing.get_args(fields[location[-1]].annotation)
+        hint = (nearest(value, list(allowed)) if isinstance(value, str) else "") or "allowed"
+        return f"{field}: {quoted(value)} is not known; {hint} ({', '.join(allowed)})"
+    if problem["type"] == "string_pattern_mismatch":
+        signs = "_ -" if location[0] == "phases" else "_ . -"
+        return f"{field}: {quoted(value)} must be a plain name (letters, digits, {signs}, no slash)"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    message = re.sub(r" or an instance of \w+|^String (?=should)", "", message)
+    return f"{field or 'configuration'}: {message}" + ("" if isinstance(value, dict) else f", not {quoted(value)}")
+
+
+def _fields_at(location: list[str]) -> dict:
+    """The fields of the section that an error's location lies in."""
+    if not location:
+        return Config.__pydantic_fields__
+    sections = SECTIONS | {"environment": Environment}
+    return (PhaseConfig if location[0] == "phases" else sections.get(location[0], Config)).__pydantic_fields__
+
+
+def nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def quoted(value) -> str:
+    """A value as messages show it, cut where it is long."""
+    try:
+        return SHORT.repr(value)
+    except ValueError:  # Python does not write out a number of thousands of digits
+        return "a number of thousands of digits"
