@@ -133,8 +133,9 @@ class DataConfig(_Section):
     keep_mb: int = Field(
         2048,
         ge=0,
-        description="decode training and validation images once, before training, and keep them in each process's "
-        "memory, if they fit in this many MB; if not, and for streams, they are decoded in each epoch; 0: never keep",
+        description="MB of memory for images that each epoch wants again, if they fit: memory-mapped ones are decoded "
+        "once, before training, and kept by each process; of a stream the main process keeps, still encoded, what the "
+        "first epoch reads, or else each epoch reads it again; 0: never keep",
     )
     on_corrupt: Literal["error", "skip"] = Field(
         "error",

@@ -7,7 +7,7 @@ validation split, the decoding and the loaders are the same for all, streamed or
 import glob
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 
 import embedded
 import hub
+import streaming
 from config import DataConfig
 from decoding import ROW, CorruptImage, bytes_of, corrupt, decode
 from errors import USAGE, UserError, first_line
@@ -27,11 +28,11 @@ from errors import USAGE, UserError, first_line
 
 @dataclass(frozen=True)
 class Data:
-    """An opened source. The datasets hold encoded images; after `loading.keep_decoded` they are its `Pixels`."""
+    """An opened source. The splits hold encoded images; after `loading.keep_decoded` some are its `Pixels`."""
 
-    train: Dataset | IterableDataset | None
-    validation: Dataset | IterableDataset | None
-    test: Dataset | IterableDataset | None
+    train: Dataset | streaming.Part | None
+    validation: Dataset | streaming.Part | None
+    test: Dataset | streaming.Stream | None
     image: str  # column
     label: str  # column
     class_labels: Dataset | IterableDataset  # the training split's columns of that type alone
@@ -39,10 +40,13 @@ class Data:
     size: tuple[int, int]  # height and width in pixels of the first training image
 
 
-def load(config: DataConfig, only_test: bool = False) -> Data:
+def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     """Open the source, find its columns and hold the validation rows out of the training split.
 
+    Of a stream the main process alone reads rows.
+
     Args:
+        seed: of a stream's order.
         only_test: nothing is trained or validated. Training rows are neither looked through nor held out, and need not
             be there: columns and classes are those of the test split then.
 
@@ -72,17 +76,31 @@ def load(config: DataConfig, only_test: bool = False) -> Data:
         if not only_test:
             _check_classes(train, test, label, classes, config)
         train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
+    if isinstance(test, IterableDataset):
+        test = streaming.Stream(test, image, config.source)
     if only_test:
-        size = first_size(test, image, config, config.test_split)
+        size = _size(test, image, config, config.test_split)
         return Data(None, None, test, image, label, class_labels, classes, size)
+    on_side = partial(held_out, folds=config.folds, fold=config.fold)
+    if isinstance(train, IterableDataset):
+        stream = streaming.TrainingStream(train, image, on_side, config, seed)
+        size = _size(stream.shuffled, image, config, config.train_split)
+        return Data(stream.training, stream.validation, test, image, label, class_labels, classes, size)
     size = first_size(train, image, config, config.train_split)
-    training, validation = hold_out(train, image, config.folds, config.fold)
+    training, validation = hold_out(train, image, on_side)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
-        if isinstance(rows, Dataset) and not len(rows):
+        if rows is not None and not len(rows):
             raise UserError(
                 f"{config.source}: no {name} rows (of {len(train)}, fold {config.fold} of {config.folds} validates)"
             )
     return Data(training, validation, test, image, label, class_labels, classes, size)
+
+
+def _size(rows: Dataset | streaming.Stream, image: str, config: DataConfig, split: str) -> tuple[int, int]:
+    """The first image's size. A stream is looked at by the main process, and goes on behind what was looked at."""
+    if isinstance(rows, Dataset):
+        return first_size(rows, image, config, split)
+    return streaming.from_main(lambda: first_size(rows.look(), image, config, split))
 
 
 def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple[int, int]:
@@ -108,33 +126,20 @@ def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple
     raise UserError(f"{config.source}: " + (f"the split '{split}' has {found}" if split else f"there is {found}"))
 
 
-def hold_out(dataset, image: str, folds: int, fold: int):
-    """Split rows into (training, validation) by their images' encoded bytes.
+def held_out(content: bytes, folds: int, fold: int) -> bool:
+    """Whether a row is for validation, told from its image's encoded bytes.
 
-    A row's side depends on nothing but its bytes: not on its position, the number of workers, shards or processes, nor
-    on whether it is streamed. Copies of an image fall on the same side.
+    It depends on nothing else: not on the row's position, the number of workers, shards or processes, nor on whether it
+    is streamed. Copies of an image fall on the same side.
     """
-    if isinstance(dataset, IterableDataset):
-        training, validation = (
-            dataset.filter(
-                partial(_on_side, folds=folds, fold=fold, validation=side), input_columns=[image], batched=True
-            )
-            for side in (False, True)
-        )
-        return training, validation
-    held_out = np.array(
-        [
-            side
-            for batch in dataset.select_columns([image]).iter(1000)
-            for side in _on_side(batch[image], folds, fold, validation=True)
-        ]
-    )
-    return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") % folds == fold
 
 
-def _on_side(encoded: list[Mapping], folds: int, fold: int, validation: bool) -> list[bool]:
-    digests = [hashlib.blake2b(bytes_of(image), digest_size=8).digest() for image in encoded]
-    return [(int.from_bytes(digest, "big") % folds == fold) == validation for digest in digests]
+def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> tuple[Dataset, Dataset]:
+    """Memory-mapped rows as (training, validation)."""
+    batches = dataset.select_columns([image]).iter(1000)
+    side = np.array([on_side(bytes_of(encoded)) for batch in batches for encoded in batch[image]])
+    return dataset.select(np.flatnonzero(~side)), dataset.select(np.flatnonzero(side))
 
 
 # ---- sources ----------------------------------------------------------------------------------------------------
@@ -358,12 +363,12 @@ def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
 def facts(data: Data) -> dict:
     """What a resumed run has to find unchanged, as far as it can be told without reading the images."""
     splits = {"training rows": data.train, "validation rows": data.validation}
-    rows = {name: None if isinstance(split, IterableDataset) else len(split) for name, split in splits.items()}
+    rows = {name: None if isinstance(split, streaming.Part) else len(split) for name, split in splits.items()}
     return rows | {"classes": list(data.class_names), "first image's size": list(data.size)}
 
 
 def describe(data: Data, config: DataConfig) -> str:
-    streamed = isinstance(data.train, IterableDataset)
+    streamed = isinstance(data.train, streaming.Part)
     rows = "streamed" if streamed else f"{len(data.train)} training and {len(data.validation)} validation rows"
     height, width = data.size
     return (
@@ -374,7 +379,7 @@ def describe(data: Data, config: DataConfig) -> str:
 
 def check_batch(data: Data, config: DataConfig) -> None:
     """UserError if the training rows, where they can be counted, do not fill a single batch."""
-    if not isinstance(data.train, IterableDataset) and len(data.train) < config.batch_size:
+    if not isinstance(data.train, streaming.Part) and len(data.train) < config.batch_size:
         raise UserError(
             f"{config.source}: {len(data.train)} training rows are fewer rows than data.batch_size {config.batch_size}"
         )

@@ -20,13 +20,21 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     Raises:
         UserError: a launch that would train something else than it says.
     """
+    streams = False
+    with contextlib.suppress(UserError):  # a source that is not there is told when it is opened, if it is
+        streams = config.data.streams
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with="wandb" if config.tracking == "wandb" else None,
         # The loop cuts each batch into equal pieces itself, so an epoch's end needs no special treatment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         # A seedable sampler gives the same order again after a restart.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed, non_blocking=True),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True,
+            data_seed=config.seed,
+            non_blocking=True,
+            dispatch_batches=streams or None,  # what the main process reads, it hands to the others
+        ),
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:

@@ -5,8 +5,7 @@ import os
 import signal
 
 import torch
-from datasets import IterableDataset
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from config import DataConfig
@@ -36,6 +35,13 @@ class Pixels(Dataset):
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+class Given(Dataset):
+    """A data set whose indices are the rows themselves: its sampler reads them, the loader's workers decode them."""
+
+    def __getitems__(self, rows: list[dict]) -> list[dict]:
+        return rows
+
+
 def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches, hidden: bool | None = True) -> Data:
     """The same data with the training and validation rows decoded in memory, if they fit in `keep_mb`.
 
@@ -51,7 +57,7 @@ def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches
     splits = {"train": source.train, "validation": source.validation}
     collate = _collate(source, "train", config)
     height, width = collate.shape
-    if any(isinstance(rows, IterableDataset) for rows in splits.values()):
+    if any(isinstance(rows, Sampler) for rows in splits.values()):
         return source
     total = sum(map(len, splits.values()))
     if total * 3 * height * width > config.keep_mb * 2**20:
@@ -91,24 +97,17 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int, seed: 
 
     Args:
         batch_size: images per batch of one process.
-
     """
-    dataset, training = getattr(source, split), split == "train"
-    streamed = isinstance(dataset, IterableDataset)
-    kept = isinstance(dataset, Pixels)
-    workers = 0 if kept else _workers(config)
-    if streamed:
-        workers = min(workers, dataset.num_shards)  # a shard is read by one worker
-        if training:
-            # Several shards are mixed by threads whose end costs 5 seconds an epoch; one shard needs none.
-            mixed = min(10, dataset.num_shards)
-            dataset = dataset.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
+    rows, training = getattr(source, split), split == "train"
+    kept, streamed = isinstance(rows, Pixels), isinstance(rows, Sampler)
+    reads = not streamed or os.environ.get("RANK", "0") == "0"  # of a stream the main process alone
     return DataLoader(
-        dataset,
+        Given() if streamed else rows,
+        sampler=rows if streamed else None,
         batch_size=batch_size,
-        shuffle=training and not streamed,
+        shuffle=training if not streamed else None,
         drop_last=training,
-        num_workers=workers,
+        num_workers=_workers(config) if reads and not kept else 0,
         # Not persistent: a loader draws a random number whenever it starts workers, and a resumed run has to draw as
         # often as an uninterrupted one.
         persistent_workers=False,
@@ -154,10 +153,10 @@ def _outlive_signals(_worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def images_in(prepared_loader) -> int | None:
-    """Images that a prepared training loader gives in one epoch, all processes together; None for a stream."""
+def images_in(prepared_loader, global_batch: int) -> int | None:
+    """Images that a prepared training loader gives in one epoch, all processes together; None if not known yet."""
     try:
-        return len(prepared_loader) * prepared_loader.total_batch_size
+        return len(prepared_loader) * global_batch
     except TypeError:
         return None
 

@@ -161,6 +161,7 @@ import faults
 import launch
 import loading
 import sharing
+import streaming
 from checkpoint import write_whole
 from inference import Classifier, described
 from metrics import IGNORED, Classification
@@ -250,16 +251,13 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
         size: height and width that every image is brought to; None: where a batch's differ, or are too large.
     """
     config = model.config.data
-    if config.streams:  # one worker keeps a stream's order
-        workers = min(1, loading.default_workers() if config.workers is None else config.workers)
-        config = dataclasses.replace(config, workers=workers)
     if part == "test" and config.test_split is None:
         raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
     source = data.load(config, only_test=part == "test")
     source = dataclasses.replace(source, size=size or source.size)
     rows = getattr(source, part)
     if args.limit:
-        rows = rows.take(args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
+        rows = streaming.First(rows, args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
         source = dataclasses.replace(source, **{part: rows})
     loader = loading.loader(source, part, config, model.batch_size, seed=0)
     return source, loader, None if config.streams else list(rows[decoding.ROW])

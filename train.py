@@ -73,7 +73,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         # Data come before the model: its head and its input depend on them.
         start = models.without_weights(config.model) if saved else config.model
         models.check(start)
-        source = data.load(config.data)
+        source = data.load(config.data, config.seed)
         data.check_batch(source, config.data)
         size = data.model_size(source, config.data)
 
@@ -153,8 +153,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     steps = profiling.traced(steps, profile, run / "profile" / f"{name}.json.gz")
                     profile = None
                 title = f"phase {name}, epoch {state.epoch + 1}"
+                total = loading.images_in(train_loader, config.data.batch_size)
                 try:
-                    for step in tracking.watch(steps, title, loading.images_in(train_loader), state.epoch_step):
+                    for step in tracking.watch(steps, title, total, state.epoch_step):
                         images += step.images
                         state.end_step()
                         if checkpoints.due(state):

@@ -92,6 +92,7 @@ def main(parquet: str, corrupted: str) -> None:
     # Validation: every row once, for row counts that do not divide, memory-mapped and streamed.
     for streaming in (False, True):
         set_seed(0)
+        accelerator.dataloader_config.dispatch_batches = streaming or None
         config = DataConfig(source=parquet, streaming=streaming, workers=0)
         source = data.load(config)
         model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
@@ -102,6 +103,7 @@ def main(parquet: str, corrupted: str) -> None:
         )
         accelerator.free_memory()
 
+    accelerator.dataloader_config.dispatch_batches = None
     # Two phases: after each, all ranks hold the same weights, and what was frozen is what it was.
     set_seed(0)
     model, _ = models.create(ModelConfig(name="test_resnet"), list("abcd"), (32, 32))

@@ -17,6 +17,7 @@ import secrets
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +30,8 @@ FAULTS = ("429", "500", "503", "reset", "truncated", "stall", "short")
 
 
 class HubServer:
-    """Serves repositories on a free loopback port; `requests` lists (method, path) of all that was asked.
+    """Serves repositories on a free loopback port; `requests` lists (method, path) of all that was asked, and `sent`
+    counts what was sent of their files.
 
     Args:
         faults: one of `FAULTS`, or None for a proper answer, for each of these requests in turn; when they are used up,
@@ -52,6 +54,7 @@ class HubServer:
         self.commits: list[list[str]] = []  # the paths in each
         self.faults, self.served = iter(faults), []
         self.requests: list[tuple[str, str]] = []
+        self.sent: Counter[str] = Counter()  # bytes of each file's content, by its name
         self.limit = {"Retry-After": "1"}  # headers that come with a 429
         self.gone = False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
@@ -263,6 +266,8 @@ def _handler_for(hub: HubServer):
                 first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
                 content, status = content[first : last + 1], 206
+            if self.command == "GET":
+                hub.sent[name] += len(content)
             self._send(status, content, headers)
 
         def _json(self, value, status=200):

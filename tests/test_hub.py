@@ -7,11 +7,13 @@ import threading
 import time
 from itertools import chain, cycle, islice, repeat
 
+import datasets
 import pytest
 import timm
 import torch
 from hub_server import COMMIT, FAULTS, HubServer
 from huggingface_hub import constants, get_session
+from images import encode, noise
 from safetensors.torch import load_file, save_file
 
 import data
@@ -76,6 +78,38 @@ def test_part_3_runs_from_the_hub_streamed(server, command, tmp_path):
     assert torch.equal(best["conv1.0.weight"], served["conv1.0.weight"])
     saved = json.loads((tmp_path / "runs" / "run" / "best" / "config.json").read_text())
     assert tuple(saved["pretrained_cfg"]["mean"]) == timm.get_pretrained_cfg("test_resnet").mean
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A hub with a data set of 18 MB in two files, beside which the ends of files, read first, are small."""
+    folder = tmp_path_factory.mktemp("large")
+    rows = datasets.Dataset.from_dict(
+        {"img": [encode(image) for image in noise(1500, (64, 64))], "label": [i % 10 for i in range(1500)]},
+        features=datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(num_classes=10)),
+    )
+    (folder / "cifar100").mkdir()
+    (folder / "README.md").write_text(README)
+    for shard in range(2):
+        rows.shard(2, shard).to_parquet(folder / "cifar100" / f"train-{shard:05d}-of-00002.parquet", batch_size=50)
+    rows.select(range(50)).to_parquet(folder / "cifar100" / "test-00000-of-00001.parquet")
+    with HubServer({"datasets/uoft-cs/cifar100": folder}) as hub:
+        yield hub
+
+
+@pytest.mark.parametrize("keep_mb, times", [(2048, 1), (10, 10)])
+def test_a_run_downloads_each_byte_once_if_it_may_keep_them(large, command, tmp_path, keep_mb, times):
+    """Otherwise each of its five epochs reads it for training, and once more for validation."""
+    large.sent.clear()
+    scratch = ("--model.pretrained", "false", "--phases.head.epochs", "2", "--phases.finetune.epochs", "3")
+    more = ("--data.shuffle_buffer", "100", "--data.keep_mb", str(keep_mb), "--data.test_split", "null")
+    result = train(command, large.url, tmp_path / "home", tmp_path / "runs", *scratch, *more)
+    assert result.returncode == 0, result.stderr
+    folder = large.repositories["datasets/uoft-cs/cifar100"] / "cifar100"
+    size = sum(path.stat().st_size for path in folder.glob("train-*"))
+    sent = sum(count for name, count in large.sent.items() if "train-" in name)
+    assert times <= sent / size < 1.05 * times
+    assert ("are kept in memory" if times == 1 else "larger than data.keep_mb 10") in result.stdout
 
 
 def test_it_runs_downloaded_first_and_then_from_the_cache_without_a_hub(server, command, tmp_path):
@@ -212,13 +246,13 @@ def figures(run) -> list[dict]:
 
 def test_a_run_whose_hub_fails_at_every_turn_ends_with_the_same_weights(failing, command, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-    epochs = ("--phases.finetune.epochs", "2")
-    calm = train(command, failing().url, tmp_path / "home", tmp_path / "calm", *epochs)
+    options = ("--phases.finetune.epochs", "2", "--data.keep_mb", "0")  # each epoch asks again
+    calm = train(command, failing().url, tmp_path / "home", tmp_path / "calm", *options)
     assert calm.returncode == 0, calm.stderr
     # Every question of the stream fails first and is then answered, until there have been 24 faults.
     hub_server = failing(chain.from_iterable(zip(islice(cycle(FAULTS), 24), repeat(None))))
     hub_server.limit = {"Retry-After": "0"}  # how long is waited, the tests above look at
-    stormy = train(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *epochs)
+    stormy = train(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *options)
     assert stormy.returncode == 0, stormy.stderr
     assert len(hub_server.served) >= 20 and set(hub_server.served) == set(FAULTS)
     weights = [(tmp_path / name / "run" / "best" / "model.safetensors").read_bytes() for name in ("calm", "stormy")]
@@ -253,7 +287,7 @@ def test_a_hub_that_stays_down_ends_the_run_soon_with_its_checkpoint(failing, co
         hub_server.stop()
 
     threading.Thread(target=stop_after_the_first_epoch, daemon=True).start()
-    options = ("--data.workers", workers, "--phases.finetune.epochs", "3")
+    options = ("--data.workers", workers, "--phases.finetune.epochs", "3", "--data.keep_mb", "0")
     began = time.monotonic()
     check_lost(train_hastily(command, hub_server.url, tmp_path / "home", tmp_path / "runs", *options))
     assert time.monotonic() - began < 60

@@ -264,7 +264,7 @@ def test_decoding_in_each_epoch_trains_the_same(make_config, parquet, tmp_path, 
         keeping.append(real(*args))
         return keeping[-1]
 
-    monkeypatch.setattr(train.data, "keep_decoded", spy)
+    monkeypatch.setattr(train.loading, "keep_decoded", spy)
     kept = train.train(make_config(run_name="kept", data=values))
     decoded = train.train(make_config(run_name="decoded", data=values | {"keep_mb": 0}))
     assert [isinstance(source.train, train.loading.Pixels) for source in keeping] == [True, False]

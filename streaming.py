@@ -1,0 +1,181 @@
+"""Splits that are read as they arrive: by the main process alone, which hands the others their batches.
+
+What the first epoch of training reads stays in memory, still encoded, if it fits in `data.keep_mb`. Later epochs and
+validation then read nothing more, and rows are shuffled fully instead of within a buffer.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+
+import numpy as np
+from accelerate.utils import broadcast_object_list
+from datasets import IterableDataset
+from torch.utils.data import Sampler
+from tqdm import tqdm
+
+from config import DataConfig
+from decoding import bytes_of
+from errors import UserError, first_line
+
+CHUNK = 64  # rows that are read at once
+AHEAD = 8  # chunks that are read before they are wanted
+CONNECTIONS = 16  # files that are fetched at once, where each image is one
+
+
+class Stream(Sampler):
+    """A split whose every pass reads its rows, a little ahead of whoever wants them.
+
+    Rows come as dicts, their images as {"bytes", "path"}. It is a sampler because a loader's workers decode what is
+    read here: to `loading.Given` the rows themselves are the indices.
+
+    Args:
+        rows: with undecoded images.
+        image: their column.
+        source: its name, for messages.
+    """
+
+    def __init__(self, rows: IterableDataset, image: str, source: str):
+        self.rows, self.image, self.source = rows, image, source
+        self.looked_at, self.begun = [], None
+
+    def look(self) -> Iterator[dict]:
+        """Rows from the first on. The next pass goes on behind them, so that nothing is read twice."""
+        self.begun = iter(self.rows)
+        for row in self.begun:
+            self.looked_at.append(row)
+            yield row
+
+    def __iter__(self) -> Iterator[dict]:
+        assert os.environ.get("RANK", "0") == "0", "a stream's loader has to be one that dispatches batches"
+        rows = chain(self.looked_at, self.begun) if self.begun else iter(self.rows)
+        self.looked_at, self.begun = [], None
+        reader, fetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(CONNECTIONS)
+
+        def with_bytes(row: dict) -> dict:
+            encoded = row[self.image] or {}
+            return row | {self.image: {"bytes": bytes_of(encoded), "path": encoded.get("path")}}
+
+        def read() -> list[dict]:
+            chunk = list(islice(rows, CHUNK))
+            files = any(row[self.image] and row[self.image]["bytes"] is None for row in chunk)
+            return list((fetcher.map if files else map)(with_bytes, chunk))
+
+        chunks = deque(reader.submit(read) for _ in range(AHEAD))
+        try:
+            while chunk := chunks.popleft().result():
+                chunks.append(reader.submit(read))
+                yield from chunk
+        except (UserError, GeneratorExit):
+            raise
+        except Exception as error:  # whatever can go wrong with a file, a format or a connection
+            raise UserError(f"data.source: {self.source} can't be read on: {first_line(error)}") from error
+        finally:
+            reader.shutdown(cancel_futures=True)
+            fetcher.shutdown()
+
+
+class TrainingStream:
+    """A training split that arrives in one pass for both of its parts, training rows and validation rows.
+
+    Args:
+        held_out: whether an image's bytes make its row a validation row.
+        config: says how far rows are shuffled while they arrive, and how many are kept.
+        seed: of the order.
+    """
+
+    def __init__(
+        self, rows: IterableDataset, image: str, held_out: Callable[[bytes], bool], config: DataConfig, seed: int
+    ):
+        # Several shards are mixed by threads whose end costs 5 seconds an epoch; one shard needs none.
+        mixed = min(10, rows.num_shards)
+        shuffled = rows.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
+        self.in_order, self.shuffled = (Stream(each, image, config.source) for each in (rows, shuffled))
+        self.image, self.held_out, self.keep_mb, self.seed = image, held_out, config.keep_mb, seed
+        self.kept: dict[bool, list[dict]] = {}  # training rows under False, validation rows under True
+        self.whole = self.too_large = False  # all rows are kept; there are too many to keep
+        self.training, self.validation = Part(self, validation=False), Part(self, validation=True)
+
+    def rows_of(self, validation: bool, epoch: int) -> Iterator[dict]:
+        """The validation rows, or an epoch's training rows in its order."""
+        if not (validation or self.whole or self.too_large):
+            if not epoch:
+                return self._first_pass()
+            for _ in tqdm(self._first_pass(), "reading the stream again", unit=" images", leave=False, disable=None):
+                if self.too_large:
+                    break
+        if self.whole:
+            rows = self.kept[validation]
+            order = range(len(rows)) if validation else np.random.default_rng((self.seed, epoch)).permutation(len(rows))
+            return (rows[number] for number in order)
+        self.shuffled.rows.set_epoch(epoch)
+        return (row for row in (self.in_order if validation else self.shuffled) if self._is_held_out(row) == validation)
+
+    def _first_pass(self) -> Iterator[dict]:
+        """The first epoch's training rows. At their end either all rows are kept or none."""
+        limit, size, self.kept = self.keep_mb * 2**20, 0, {False: [], True: []}
+        for row in self.shuffled:
+            held_out, size = self._is_held_out(row), size + len(row[self.image]["bytes"])
+            if not self.too_large:
+                self.kept[held_out].append(row)
+                if size > limit:
+                    self.too_large, self.kept = True, {}
+                    tqdm.write(f"stream: larger than data.keep_mb {self.keep_mb}, so each epoch reads it again")
+            if not held_out:
+                yield row
+        if not self.too_large:
+            self.whole = True
+            training, validation = (f"{len(self.kept[part]):,}" for part in (False, True))
+            tqdm.write(
+                f"stream: {training} training and {validation} validation rows ({size / 2**20:.0f} MB) have been read, "
+                "and are kept in memory"
+            )
+
+    def _is_held_out(self, row: dict) -> bool:
+        return self.held_out(row[self.image]["bytes"])
+
+
+class Part(Sampler):
+    """The training rows or the validation rows of a `TrainingStream`."""
+
+    def __init__(self, stream: TrainingStream, validation: bool):
+        self.stream, self.is_validation, self.epoch = stream, validation, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.stream.rows_of(self.is_validation, self.epoch)
+
+    def __len__(self) -> int:
+        if not self.stream.whole:
+            raise TypeError("how many rows a stream has is known at its end")
+        return len(self.stream.kept[self.is_validation])
+
+
+class First(Sampler):
+    """The first rows of a stream alone."""
+
+    def __init__(self, rows: Sampler, count: int):
+        self.rows, self.count = rows, count
+
+    def __iter__(self) -> Iterator[dict]:
+        return islice(iter(self.rows), self.count)
+
+
+def from_main(read: Callable):
+    """What `read` returns on the main process, on all processes, or the `UserError` that it raises there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return read()
+    value = error = None
+    if int(os.environ.get("RANK", "0")) == 0:
+        try:
+            value = read()
+        except UserError as raised:
+            error = str(raised), raised.exit_code
+    value, error = broadcast_object_list([(value, error)])[0]
+    if error:
+        raise UserError(*error, shared=True)
+    return value

@@ -1,0 +1,139 @@
+"""What a stream gives, in which order, and how often it is read for that."""
+
+import itertools
+from functools import partial
+
+import datasets
+import pytest
+import torch
+from images import encode, noise, parquet_of
+
+import data
+import loading
+import streaming
+from config import DataConfig
+from errors import UserError
+
+READ = []  # numbers of the rows that were read, in their order
+
+
+def count(shards):
+    for number in itertools.chain(*shards):
+        READ.append(number)
+        yield {"image": {"bytes": b"%d" % number, "path": None}, "label": number % 10}
+
+
+def stream_of(rows=2000, shards=1, seed=0, folds=5, **values):
+    READ.clear()
+    parts = [range(rows)[shard::shards] for shard in range(shards)]
+    dataset = datasets.IterableDataset.from_generator(count, gen_kwargs={"shards": parts})
+    config = DataConfig(source="x", **({"shuffle_buffer": 50} | values))
+    return streaming.TrainingStream(dataset, "image", partial(data.held_out, folds=folds, fold=0), config, seed)
+
+
+def numbers(part, epoch=0) -> list[int]:
+    part.set_epoch(epoch)
+    return [int(row["image"]["bytes"]) for row in part]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("keep_mb", [2048, 0])
+def test_every_row_comes_once_an_epoch_on_its_side(shards, keep_mb):
+    stream = stream_of(shards=shards, keep_mb=keep_mb)
+    held_out = [n for n in range(2000) if data.held_out(b"%d" % n, folds=5, fold=0)]
+    orders = []
+    for epoch in range(3):
+        orders.append(numbers(stream.training, epoch))
+        assert sorted(orders[-1]) == sorted(set(range(2000)) - set(held_out))
+        assert sorted(numbers(stream.validation, epoch)) == held_out
+    assert len(set(map(tuple, orders))) == 3, "another order in each epoch"
+
+
+def test_what_was_read_once_is_kept_and_shuffled_fully():
+    stream = stream_of()
+    first, second = numbers(stream.training), numbers(stream.training, 1)
+    numbers(stream.validation, 1)
+    assert len(READ) == 2000
+    moved = [max(abs(place - number * 0.8) for place, number in enumerate(order)) for order in (first, second)]
+    assert moved[0] < 500 < moved[1], "within a buffer of 50 rows, and then from one end to the other"
+    assert len(stream.training) == len(first)
+
+
+def test_what_is_too_large_is_read_again_each_epoch_and_the_log_says_so(capsys):
+    stream = stream_of(keep_mb=0)
+    for epoch in range(2):
+        numbers(stream.training, epoch)
+    assert len(READ) == 4000
+    assert capsys.readouterr().out.count("larger than data.keep_mb 0, so each epoch reads it again") == 1
+    assert not stream.kept
+    with pytest.raises(TypeError):
+        len(stream.training)
+
+
+@pytest.mark.parametrize("keep_mb", [2048, 0])
+def test_a_resumed_run_has_the_order_of_the_uninterrupted_one(keep_mb):
+    stream = stream_of(keep_mb=keep_mb)
+    orders = [numbers(stream.training, epoch) for epoch in range(3)]
+    assert numbers(stream_of(keep_mb=keep_mb).training, 2) == orders[2]
+    assert numbers(stream_of(keep_mb=keep_mb, seed=1).training, 2) != orders[2]
+
+
+def test_training_begins_before_the_split_has_arrived():
+    first = next(iter(stream_of(rows=20_000).training))
+    assert int(first["image"]["bytes"]) < 100
+    assert len(READ) < 2000
+
+
+def test_the_first_rows_are_looked_at_without_reading_them_twice():
+    stream = stream_of()
+    looked_at = [row["image"]["bytes"] for row in itertools.islice(stream.shuffled.look(), 9)]
+    order = numbers(stream.training)
+    assert sorted(READ) == list(range(2000))
+    trained_on = [int(content) for content in looked_at if not data.held_out(content, folds=5, fold=0)]
+    assert trained_on == order[: len(trained_on)]
+
+
+def test_a_pass_that_was_broken_off_is_not_taken_for_a_whole_one():
+    stream = stream_of()
+    next(iter(stream.training))
+    assert not stream.whole
+    assert len(set(numbers(stream.training))) == len(numbers(stream.training, 1)) > 1500
+
+
+def fails_at_100():
+    for number in range(200):
+        if number == 100:
+            raise OSError("the line is cut")
+        yield {"image": {"bytes": b"%d" % number, "path": None}, "label": 0}
+
+
+def test_an_error_is_told_where_its_rows_would_have_come():
+    stream = streaming.Stream(datasets.IterableDataset.from_generator(fails_at_100), "image", "somewhere")
+    seen = []
+    with pytest.raises(UserError, match=r"data\.source: somewhere can't be read on: the line is cut"):
+        seen += [row["image"]["bytes"] for row in stream]
+    assert not seen or seen[-1] == b"63"  # the chunks before it
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_decode_what_the_stream_gives_and_change_nothing(tmp_path, workers):
+    """Two shards and two workers drop one incomplete batch, not one each."""
+    images = [encode(image) for image in noise(90)]
+    (tmp_path / "0").mkdir(), (tmp_path / "1").mkdir()
+    parquet_of(tmp_path / "0", images[:45]), parquet_of(tmp_path / "1", images[45:])
+    config = DataConfig(source=f"{tmp_path}/*/*.parquet", streaming=True, workers=workers, folds=3)
+    source = data.load(config)
+    validation = loading.loader(source, "validation", config, 8, seed=0)
+    training = loading.loader(source, "train", config, 8, seed=0)
+    batches = [list(training) for _ in range(2)]
+    rows = len(source.train)
+    assert [len(epoch) for epoch in batches] == [rows // 8] * 2
+    pixels = {image.sum().item() for epoch in batches for batch in epoch for image in batch["image"]}
+    held_out = torch.cat([batch["image"].sum((1, 2, 3)) for batch in validation])
+    assert len(held_out) + rows == 90
+    assert pixels.isdisjoint(held_out.tolist())
+
+
+def test_the_first_rows_alone(tmp_path):
+    config = DataConfig(source=str(parquet_of(tmp_path, noise(30))), streaming=True, workers=0)
+    assert len(list(streaming.First(data.load(config).test, 7))) == 7
