@@ -244,6 +244,23 @@ class Config(_Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     phases: dict[PhaseName, PhaseConfig] = Field(min_length=1)
     clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
+    sync_batch_norm: bool = Field(
+        False,
+        description="batch norms that train take their statistics from the whole batch of all processes, not each from "
+        "its share; GPUs only",
+    )
+    tf32: bool = Field(
+        False,
+        description="compute what is fp32 in TF32, faster and with 10 bits of mantissa (matrix products and "
+        "convolutions); Nvidia GPUs only",
+    )
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        le=10_000,
+        description="minutes that processes wait for one another; one that is gone without a word, with its machine, "
+        "ends the others after so long",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, shuffling, augmentation and dropout")
     recipe: str = Field("run", **PLAIN_NAME)  # the recipe file's name, which the run is called after
     run_name: str | None = Field(

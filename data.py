@@ -360,16 +360,20 @@ def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
     return (config.image_size, config.image_size) if config.image_size else data.size
 
 
+def is_streamed(data: Data) -> bool:
+    """Whether the training rows come from a stream, so that nobody knows how many there are."""
+    return isinstance(data.train, streaming.Part)
+
+
 def facts(data: Data) -> dict:
     """What a resumed run has to find unchanged, as far as it can be told without reading the images."""
     splits = {"training rows": data.train, "validation rows": data.validation}
-    rows = {name: None if isinstance(split, streaming.Part) else len(split) for name, split in splits.items()}
+    rows = {name: None if is_streamed(data) else len(split) for name, split in splits.items()}
     return rows | {"classes": list(data.class_names), "first image's size": list(data.size)}
 
 
 def describe(data: Data, config: DataConfig) -> str:
-    streamed = isinstance(data.train, streaming.Part)
-    rows = "streamed" if streamed else f"{len(data.train)} training and {len(data.validation)} validation rows"
+    rows = "streamed" if is_streamed(data) else f"{len(data.train)} training and {len(data.validation)} validation rows"
     height, width = data.size
     return (
         f"{config.source}, {rows} (fold {config.fold} of {config.folds} is validation), {width}x{height} pixels, "
@@ -379,7 +383,7 @@ def describe(data: Data, config: DataConfig) -> str:
 
 def check_batch(data: Data, config: DataConfig) -> None:
     """UserError if the training rows, where they can be counted, do not fill a single batch."""
-    if not isinstance(data.train, streaming.Part) and len(data.train) < config.batch_size:
+    if not is_streamed(data) and len(data.train) < config.batch_size:
         raise UserError(
             f"{config.source}: {len(data.train)} training rows are fewer rows than data.batch_size {config.batch_size}"
         )

@@ -6,11 +6,12 @@ what they were, so that checkpoints know nothing of this.
 """
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 SAME = 1e-2  # relative difference of features: rounding (a GPU's TF32 included) stays below, another network does not
 
 
@@ -34,7 +35,7 @@ class _PassedNorm:
     """The forward of a batch norm that is done already; timm's have an activation besides."""
 
     def __init__(self, norm: nn.BatchNorm2d):
-        self.rest = (norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else ()
+        self.rest = (norm.drop, norm.act) if isinstance(norm, (BatchNormAct2d, SyncBatchNormAct)) else ()
 
     def __call__(self, images: Tensor) -> Tensor:
         for module in self.rest:
@@ -60,7 +61,7 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
     """
     frozen = [module for module in model.modules() if all(not p.requires_grad for p in module.parameters())]
     convs = [module for module in frozen if type(module) is nn.Conv2d]
-    norms = [module for module in frozen if type(module) in (nn.BatchNorm2d, BatchNormAct2d)]
+    norms = [module for module in frozen if type(module) in NORMS]
     norms = [norm for norm in norms if norm.affine and norm.track_running_stats]
     if not convs or not norms:
         return 0

@@ -2,12 +2,20 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object, is_bf16_available
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+    is_bf16_available,
+)
 
 import loading
 from config import Config, Environment
@@ -20,12 +28,14 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     Raises:
         UserError: a launch that would train something else than it says.
     """
+    _check_launched_as_meant()
     streams = False
     with contextlib.suppress(UserError):  # a source that is not there is told when it is opened, if it is
         streams = config.data.streams
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with="wandb" if config.tracking == "wandb" else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))],
         # The loop cuts each batch into equal pieces itself, so an epoch's end needs no special treatment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         # A seedable sampler gives the same order again after a restart.
@@ -39,19 +49,60 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise UserError(
-            f"{world} processes were launched, but each of them believes to be alone. On GPUs: accelerate launch "
-            f"--multi_gpu --num_processes {world} train.py; on a CPU: ACCELERATE_USE_CPU=true torchrun "
-            f"--nproc_per_node {world} train.py",
-            USAGE,
+            f"{world} processes were launched, but each of them believes to be alone. {_several(world)}", USAGE
         )
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+    kind = accelerator.device.type
+    if kind == "cpu" and accelerator.mixed_precision == "fp16":
         raise UserError("fp16 does nothing on a CPU; use --mixed_precision bf16, or no", USAGE)
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    for option in ("sync_batch_norm", "tf32"):
+        if getattr(config, option) and kind != "cuda":
+            raise UserError(f"{option}: there is no such thing on this device ({kind}); leave it out", USAGE)
+    if kind == "cuda":
+        # torch's own default is TF32 in convolutions and not in matrix products.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    if kind == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
         torch.set_num_threads(loading.cores_per_process())
-    if accelerator.device.type == "cpu":
+    if kind == "cpu":
         _keep_memory()
     return accelerator
+
+
+def _check_launched_as_meant() -> None:
+    """UserError if the launcher was asked for several processes, made one and did not say so.
+
+    accelerate launch does that for `--cpu --num_processes 2` and the like. It then names the address where processes
+    meet, but numbers none.
+    """
+    env = os.environ
+    launched, meets = "ACCELERATE_MIXED_PRECISION" in env, "MASTER_ADDR" in env and "MASTER_PORT" in env
+    ranked = any(name in env for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    if launched and meets and not ranked:
+        raise UserError(
+            f"several processes were asked for, but accelerate launch started one. {_several('N')} (If one is meant: "
+            "unset MASTER_ADDR, which says otherwise.)",
+            USAGE,
+        )
+
+
+def _several(processes: int | str) -> str:
+    """How that many processes are launched."""
+    return (
+        f"On GPUs: accelerate launch --multi_gpu --num_processes {processes} train.py; on a CPU: "
+        f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {processes} train.py"
+    )
+
+
+@contextlib.contextmanager
+def ended(accelerator: Accelerator):
+    """Around everything: processes that have come to their end leave together, and only then.
+
+    A process that still holds gloo's connections at its end is aborted now and then, after all work is done.
+    """
+    yield
+    gc.collect()  # a phase's wrapped models, which refer to themselves
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def precision_of_training(config: Config) -> str | None:
@@ -164,6 +215,24 @@ def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[s
         for name in after
         if before.get(name) != after[name]
     ]
+
+
+def describe_batch(config: Config, accelerator: Accelerator, micro_batch_size: int, rows: int | None) -> str:
+    """How a step's images are shared out, and an epoch's steps.
+
+    Args:
+        rows: of training; None if they are not counted.
+    """
+    total, processes = config.data.batch_size, accelerator.num_processes
+    share = total // processes
+    passes = share // micro_batch_size
+    parts = [f"{total} images a step on {processes} process{'es' if processes > 1 else ''} ({accelerator.device.type})"]
+    if processes > 1:
+        parts.append(f"{share} on each")
+    if passes > 1:
+        parts.append(f"in {passes} forward passes of {micro_batch_size}")
+    steps = "as many steps an epoch as there are batches" if rows is None else f"{rows // total} steps an epoch"
+    return f"{', '.join(parts)}; {steps}"
 
 
 def peak_memory(accelerator: Accelerator) -> dict[str, int]:

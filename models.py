@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import convert_sync_batchnorm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
@@ -282,6 +283,11 @@ def _shape(state: dict, key: str) -> str:
 
 
 # ---- what trains in a phase -------------------------------------------------------------------------------------
+
+
+def synchronised(model: nn.Module) -> nn.Module:
+    """The model with batch norms that take their statistics from all processes; keys and values stay the same."""
+    return convert_sync_batchnorm(model)
 
 
 def head_names(model: nn.Module) -> list[str]:

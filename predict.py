@@ -182,13 +182,16 @@ def predict(args: argparse.Namespace, config: Config) -> None:
         files = distorted.course(args.ood) if args.ood else distorted.cifar100c(args.cifar100c, args.limit)
         order = distorted.known_classes(class_names, "--ood" if args.ood else "--cifar100c")
 
+    # A run of a GPU is judged on any machine: these two are about training there.
+    config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and torch.cuda.is_available())
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
     folder = args.run / "predictions"
     with launch.together(accelerator), writing(folder):
         folder.mkdir(exist_ok=True)
         if args.output and not args.output.absolute().parent.is_dir():
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
-    with faults.told("then run predict.py again", accelerator, launch.share_of_batch(config, accelerator)[1]):
+    way_on = faults.told("then run predict.py again", accelerator, launch.share_of_batch(config, accelerator)[1])
+    with launch.ended(accelerator), way_on:
         model = Classifier(accelerator, config, args.run, args.tta)
         if args.images:
             images(args, accelerator, model, paths, folder)
@@ -200,7 +203,6 @@ def predict(args: argparse.Namespace, config: Config) -> None:
             robustness(args, accelerator, model, *_corrupted(args, model), folder)
         else:
             split(args, accelerator, model, folder)
-    accelerator.end_training()
 
 
 def upload(args: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ FREE = (
     "profile",
     "push_to_hub",
     "run_name",
+    "timeout_minutes",
     "tracking",
 )
 

@@ -71,8 +71,6 @@ class Tracking:
             with contextlib.suppress(Exception):  # a service that is gone can't be closed; W&B would try again at exit
                 wandb.teardown()
         self.accelerator.trackers.clear()
-        if kind is None:
-            self.accelerator.end_training()
 
     def watch(self, steps: Iterator[Step], title: str, images: int | None, made: int = 0) -> Iterator[Step]:
         """Pass an epoch's steps on, with a progress bar on a terminal (`images` is its length, None if unknown).

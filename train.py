@@ -62,6 +62,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         if config.push_to_hub and accelerator.is_main_process:
             sharing.check(config.push_to_hub)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(launch.ended(accelerator))
         run = stack.enter_context(runs.opened(accelerator, config, resume))
         way_on = f"go on with: accelerate launch {launch.precision_option(accelerator)}train.py --resume {run}"
         saved = checkpoint.newest(accelerator, run)
@@ -81,6 +82,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         set_seed(config.seed)
         model, origin = models.create(start, source.class_names, size)
         model = launch.in_its_layout(model, accelerator.device)
+        if config.sync_batch_norm:
+            model = models.synchronised(model)
         facts = {"data": data.facts(source), "pretrained_cfg": model.pretrained_cfg}
         if saved:
             saved.check_same("data", facts["data"])
@@ -110,6 +113,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         source = loading.keep_decoded(source, config.data, interrupt.watch, hidden)
         kept = isinstance(source.train, loading.Pixels)
         accelerator.print(f"images: {'decoded once and kept in memory' if kept else 'decoded in each epoch'}")
+        rows = None if data.is_streamed(source) else len(source.train)
+        accelerator.print(f"batch: {launch.describe_batch(config, accelerator, micro_batch_size, rows)}")
         train_rows = loading.loader(source, "train", config.data, share, config.seed)
         validation_rows = loading.loader(source, "validation", config.data, share, config.seed)
 
@@ -237,9 +242,8 @@ def describe_phase(
     trained, total = sum(parameters[key].numel() for key in trained_names), sum(p.numel() for p in parameters.values())
     return (
         f"phase {name}: trains {', '.join(phase.modules)} ({trained:,} of {total:,} parameters) for up to "
-        f"{phase.epochs} epochs; {phase.optimizer}, lr {phase.lr:g} {phase.schedule}; {config.data.batch_size} images "
-        f"a step on {accelerator.num_processes} x {accelerator.device.type}, precision {accelerator.mixed_precision}; "
-        f"{folded} frozen batch norms folded"
+        f"{phase.epochs} epochs; {phase.optimizer}, lr {phase.lr:g} {phase.schedule}; "
+        f"precision {accelerator.mixed_precision}; {folded} frozen batch norms folded"
     )
 
 

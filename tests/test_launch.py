@@ -20,6 +20,7 @@ from engine import validate
 from errors import UserError
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 TWO_PROCESSES = {
     "ACCELERATE_USE_CPU": "true",
     "GLOO_SOCKET_IFNAME": "lo",
@@ -67,7 +68,7 @@ def test_train_py_runs_on_two_processes(command, parquet, tmp_path):
 
 def test_two_jobs_that_believe_to_be_alone_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"2 processes were launched, but each of them believes to be alone.*torchrun"):
+    with pytest.raises(UserError, match=r"2 processes were launched, but each of them believes to be alone.*--num_processes 2 train.py"):
         launch.make_accelerator(make_config())
 
 
@@ -159,3 +160,57 @@ def test_the_way_on_names_the_precision(make_config, monkeypatch, precision, opt
     recorded = dataclasses.replace(launch.environment(accelerator), mixed_precision="fp16")
     with pytest.raises(UserError, match=rf"mixed_precision fp16, not {precision}; .*--mixed_precision fp16"):
         launch.check_same(recorded, accelerator)
+
+
+@pytest.mark.parametrize("option", ["sync_batch_norm", "tf32"])
+def test_what_only_gpus_have_is_refused_on_a_cpu(make_config, monkeypatch, option):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UserError, match=rf"^{option}: there is no such thing on this device \(cpu\); leave it out"):
+        launch.make_accelerator(make_config(**{option: True}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "env"),
+    [
+        ((*ACCELERATE, "--cpu", "--num_processes", "2"), {}),
+        ((*ACCELERATE, "--config_file", "{multi_cpu}"), {}),
+        ((*ACCELERATE, "--multi_gpu", "--num_processes", "2"), {}),
+        (TORCHRUN, {}),
+        ((*ACCELERATE, "--cpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank", "0",
+          "--main_process_ip", "127.0.0.1", "--main_process_port", "29511"), {}),
+    ],
+    ids=["cpu", "multi_cpu", "multi_gpu", "torchrun", "two machines"],
+)  # fmt: skip
+def test_launches_that_would_train_something_else_are_refused(command, tmp_path, launcher, env):
+    multi_cpu = tmp_path / "multi_cpu.yaml"
+    multi_cpu.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\nmixed_precision: 'no'\n")
+    launcher = [part.format(multi_cpu=multi_cpu) for part in launcher]
+    result = command("train.py", "--config", "recipes/demo_scratch.yaml", "--output_dir", str(tmp_path / "runs"),
+                     launcher=launcher, env={"CUDA_VISIBLE_DEVICES": ""} | env)  # fmt: skip
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes" in errors[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_process_that_was_meant_to_be_several_says_so(make_config, monkeypatch):
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"), ("ACCELERATE_MIXED_PRECISION", "no")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="several processes were asked for, but accelerate launch started one"):
+        launch.make_accelerator(make_config())
+    monkeypatch.delenv("MASTER_ADDR")
+    assert launch.make_accelerator(make_config()).num_processes == 1
+
+
+def test_the_batch_is_described_as_it_is_shared_out(make_config):
+    config, accelerator = make_config(data={"batch_size": 64}), SimpleNamespace(num_processes=4)
+    accelerator.device = torch.device("cpu")
+    assert launch.describe_batch(config, accelerator, 8, 1000) == (
+        "64 images a step on 4 processes (cpu), 16 on each, in 2 forward passes of 8; 15 steps an epoch"
+    )
+    accelerator.num_processes = 1
+    assert (
+        launch.describe_batch(config, accelerator, 64, 1000) == "64 images a step on 1 process (cpu); 15 steps an epoch"
+    )
+    assert "as many steps an epoch as there are batches" in launch.describe_batch(config, accelerator, 64, None)
