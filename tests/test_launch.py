@@ -68,7 +68,9 @@ def test_train_py_runs_on_two_processes(command, parquet, tmp_path):
 
 def test_two_jobs_that_believe_to_be_alone_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"2 processes were launched, but each of them believes to be alone.*--num_processes 2 train.py"):
+    with pytest.raises(
+        UserError, match=r"2 processes were launched, but each of them believes to be alone.*--num_processes 2 train.py"
+    ):
         launch.make_accelerator(make_config())
 
 
