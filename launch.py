@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import platform
+import warnings
 from datetime import timedelta
 
 import torch
@@ -65,6 +66,8 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
         torch.set_num_threads(loading.cores_per_process())
     if kind == "cpu":
         _keep_memory()
+        # Of a 1x1 convolution on channels_last images, whose gradient is laid out otherwise and equal all the same.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return accelerator
 
 

@@ -114,6 +114,23 @@ def test_scaling_writes_rows(command, tmp_path, part):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "rows"),
+    [
+        ("reading.py", ("--rows", "400", "--workers", "0", "--size", "40"), 4),
+        ("allreduce.py", ("--processes", "2", "--batch_size", "4", "--steps", "1"), 2),
+    ],
+)
+def test_what_scaling_out_rests_on_writes_rows(command, tmp_path, script, options, rows):
+    more = ("--rounds", "1") if script == "reading.py" else ()
+    result = command(f"benchmarks/{script}", *options, *more, "--output", str(tmp_path / "out"), timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    written = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(written) == rows
+    assert all(row.get("images_per_second", 1) > 0 for row in written)
+
+
+@pytest.mark.slow
 def test_levers_writes_rows(command, tmp_path):
     result = command(
         "benchmarks/levers.py", "--cases", "deep_cnn", "--levers", "images decoded once", "--batch_size", "16",

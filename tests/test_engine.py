@@ -23,9 +23,9 @@ def make_model(name="test_resnet"):
     return models.create(ModelConfig(name=name), list("abcd"), (32, 32))[0]
 
 
-def accelerator_of(steps=1, **kwargs):
+def accelerator_of(steps=1, cpu=True, **kwargs):
     plugin = GradientAccumulationPlugin(num_steps=steps, sync_with_dataloader=False)
-    return Accelerator(cpu=True, gradient_accumulation_plugin=plugin, **kwargs)
+    return Accelerator(cpu=cpu, gradient_accumulation_plugin=plugin, **kwargs)
 
 
 def train_one_phase(model, accelerator, modules, micro=32, batch=32, clip=None, lr=0.05, optimizer="sgd"):

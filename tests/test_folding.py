@@ -38,6 +38,14 @@ def test_the_folded_trunks_output_is_the_unfolded_ones(model, images):
     assert not any(torch.equal(model.conv1.forward.weight, parameter) for parameter in model.parameters())
 
 
+def test_synchronised_batch_norms_are_folded_too(model, images):
+    model = models.synchronised(model)
+    models.freeze_all_but(model, ("head",))
+    before = model.eval()(images)
+    assert folding.fold(model, SIZE, "no") == 20
+    torch.testing.assert_close(model(images), before, atol=1e-4, rtol=1e-4)
+
+
 def test_folded_bf16_is_as_near_to_fp32_as_unfolded_bf16(model, images):
     models.freeze_all_but(model, ("head",))
     exact = model.eval()(images)

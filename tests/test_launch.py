@@ -216,3 +216,17 @@ def test_the_batch_is_described_as_it_is_shared_out(make_config):
         launch.describe_batch(config, accelerator, 64, 1000) == "64 images a step on 1 process (cpu); 15 steps an epoch"
     )
     assert "as many steps an epoch as there are batches" in launch.describe_batch(config, accelerator, 64, None)
+
+
+@pytest.mark.slow
+def test_thirty_launches_all_end_with_0(command, parquet, tmp_path):
+    """A process that held gloo's connections to its end was aborted in a third of the launches."""
+    codes = []
+    for number in range(30):
+        result = command(
+            "train.py", "--config", "recipes/demo_finetune.yaml", "--data.source", str(parquet), "--data.workers", "0",
+            "--model.name", "test_resnet", "--phases.head.epochs", "1", "--phases.finetune.epochs", "1",
+            "--output_dir", str(tmp_path), "--run_name", str(number), launcher=TORCHRUN, env=TWO_PROCESSES,
+        )  # fmt: skip
+        codes.append(result.returncode)
+    assert codes == [0] * 30

@@ -246,3 +246,14 @@ def test_reloaded_weights_are_the_saved_ones(tmp_path):
     other, _ = create()
     checkpoint.load_best(other, tmp_path)
     assert all(torch.equal(value, saved[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "deep_cnn"])
+def test_synchronised_batch_norms_keep_names_and_values(name):
+    model, _ = models.create(ModelConfig(name=name), list("abc"), (32, 32))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    synchronised = models.synchronised(model)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in synchronised.modules())
+    after = synchronised.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -1,0 +1,126 @@
+"""What do several processes pay for the same gradients: how many bytes, how much of a step?
+
+    python benchmarks/allreduce.py                              # ResNet-50's two phases on 1, 2 and 4 processes
+    python benchmarks/allreduce.py --processes 2 --batch_size 64
+
+For each number of processes torch's elastic launcher starts them on this machine. Each holds its share of the batch on
+its device and makes steps of forward, backward and optimizer, in turns with its gradients reduced over the processes,
+as in training, and without. On a CPU (gloo) the bytes that a step sends are counted at the loopback interface, beside
+those that a ring needs: 2 (processes - 1) times the size of what trains, all processes together.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import loops
+import turns
+
+from errors import told
+
+PHASES = ("resnet50:head", "resnet50:finetune")
+
+
+def loopback_bytes() -> int | None:
+    """Bytes that were sent over loopback so far, where Linux counts them."""
+    path = Path("/sys/class/net/lo/statistics/tx_bytes")
+    return int(path.read_text()) if path.exists() else None
+
+
+def measure(args) -> None:
+    """In each process: the phases, and a row for each from the first."""
+    import torch
+    from torch.nn import functional as F
+
+    import launch
+    import models
+    from config import ModelConfig
+    from engine import train_mode, unwrap
+    from phases import make_optimizer
+
+    config = loops.config_of(PHASES[0], "embedded", args.batch_size, "runs")
+    accelerator = launch.make_accelerator(config)
+    share = args.batch_size // accelerator.num_processes
+    images = torch.randn(share, 3, 32, 32, device=accelerator.device)
+    labels = torch.randint(100, (share,), device=accelerator.device)
+    torch.manual_seed(0)
+    model, _ = models.create(ModelConfig(name="resnet50"), [str(number) for number in range(100)], (32, 32))
+    for name in PHASES:
+        phase = next(iter(loops.config_of(name, "embedded", args.batch_size, "runs").phases.values()))
+        models.freeze_all_but(model, phase.modules)
+        prepared, optimizer = accelerator.prepare(model, make_optimizer(phase, model))
+        train_mode(prepared)
+        seconds, sent = {True: [], False: []}, []
+
+        for number in range(args.steps + 2):
+            for reduced in (True, False):
+                accelerator.wait_for_everyone()
+                before, began = loopback_bytes(), time.perf_counter()
+                with contextlib.nullcontext() if reduced else accelerator.no_sync(prepared):
+                    accelerator.backward(F.cross_entropy(prepared(images), labels))
+                optimizer.step()
+                optimizer.zero_grad()
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()
+                took = time.perf_counter() - began
+                accelerator.wait_for_everyone()
+                if number >= 2:
+                    seconds[reduced].append(took)
+                    if reduced and before is not None:
+                        sent.append(loopback_bytes() - before)
+        trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        row = {"phase": name, "processes": accelerator.num_processes, "batch_size": args.batch_size}
+        row |= {"trained_bytes": trained, "ring_bytes": 2 * (accelerator.num_processes - 1) * trained}
+        row |= {"sent_bytes": round(statistics.median(sent)) if sent else None}
+        row |= {"step_seconds": round(statistics.median(seconds[True]), 4)}
+        ratios = [one / two for one, two in zip(seconds[True], seconds[False], strict=True)]
+        row |= {"reduced_over_alone": round(statistics.median(ratios), 3)}
+        if accelerator.is_main_process:
+            print(json.dumps(row), flush=True)
+        model = unwrap(accelerator, prepared)
+    accelerator.end_training()
+
+
+def run(args, processes: int) -> list[dict]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    options = ["--batch_size", args.batch_size, "--steps", args.steps, "--measure"]
+    env = {"ACCELERATE_USE_CPU": "false" if turns.device_name().count("CPU") == 0 else "true"}
+    result = subprocess.run(
+        [*launcher, sys.argv[0], *map(str, options)], env=os.environ | env, stdout=subprocess.PIPE, text=True
+    )
+    if result.returncode:
+        sys.exit(f"{processes} processes ended with exit code {result.returncode}")
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"phase"')]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=turns.positive, nargs="+", default=[1, 2, 4], help="[1 2 4]")
+    parser.add_argument("--batch_size", type=turns.positive, default=64, help="of all processes together [64]")
+    parser.add_argument("--steps", type=turns.positive, default=8, help="of each kind [8]")
+    parser.add_argument("--output", type=turns.output, default=Path("allreduce"), help="name of what is written")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    turns.prepare()
+    if args.measure:
+        return measure(args)
+    said, rows = turns.conditions(), []
+    turns.tell(said)
+    for processes in args.processes:
+        for row in run(args, processes):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            turns.save(args.output, said, rows)
+
+
+if __name__ == "__main__":
+    with told():
+        main()
