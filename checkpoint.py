@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from config import CheckpointConfig
 from errors import USAGE, UserError
-from launch import agreed, together
 from metrics import Classification
 from phases import RunState
+from processes import agreed, together
 
 AGREE_EVERY = 20  # steps after which several processes compare clocks
 BEST = ("config.json", "model.safetensors")  # the files of best/

@@ -24,6 +24,7 @@ import streaming
 from config import DataConfig
 from decoding import ROW, CorruptImage, bytes_of, corrupt, decode
 from errors import USAGE, UserError, first_line
+from processes import on_main
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _size(rows: Dataset | streaming.Stream, image: str, config: DataConfig, spli
     """The first image's size. A stream is looked at by the main process, and goes on behind what was looked at."""
     if isinstance(rows, Dataset):
         return first_size(rows, image, config, split)
-    return streaming.from_main(lambda: first_size(rows.look(), image, config, split))
+    return on_main(lambda: first_size(rows.look(), image, config, split))
 
 
 def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple[int, int]:

@@ -14,8 +14,8 @@ import models
 from config import Config
 from engine import train_mode
 from errors import UserError, first_line
-from launch import agreed
 from phases import make_optimizer
+from processes import agreed
 
 
 @contextlib.contextmanager

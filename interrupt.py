@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from accelerate import Accelerator
 
 from errors import Interrupted
-from launch import agreed
+from processes import agreed
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 AGREE_EVERY = 20  # steps after which several processes look whether one of them has got a signal

@@ -13,14 +13,12 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
-    broadcast_object_list,
-    gather_object,
     is_bf16_available,
 )
 
-import loading
 from config import Config, Environment
-from errors import USAGE, UserError
+from errors import USAGE, Interrupted, UserError
+from processes import cores_per_process
 
 
 def make_accelerator(config: Config, precision: str | None = None) -> Accelerator:
@@ -30,13 +28,10 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
         UserError: a launch that would train something else than it says.
     """
     _check_launched_as_meant()
-    streams = False
-    with contextlib.suppress(UserError):  # a source that is not there is told when it is opened, if it is
-        streams = config.data.streams
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with="wandb" if config.tracking == "wandb" else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))],
+        kwargs_handlers=[_waiting(config.timeout_minutes)],
         # The loop cuts each batch into equal pieces itself, so an epoch's end needs no special treatment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         # A seedable sampler gives the same order again after a restart.
@@ -44,7 +39,6 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
             use_seedable_sampler=True,
             data_seed=config.seed,
             non_blocking=True,
-            dispatch_batches=streams or None,  # what the main process reads, it hands to the others
         ),
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,20 +49,32 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     kind = accelerator.device.type
     if kind == "cpu" and accelerator.mixed_precision == "fp16":
         raise UserError("fp16 does nothing on a CPU; use --mixed_precision bf16, or no", USAGE)
-    for option in ("sync_batch_norm", "tf32"):
-        if getattr(config, option) and kind != "cuda":
+    on_gpu = kind == "cuda"
+    able = {"sync_batch_norm": on_gpu, "tf32": on_gpu and torch.cuda.get_device_capability() >= (8, 0)}
+    for option, can_be_had in able.items():
+        if getattr(config, option) and not can_be_had:
             raise UserError(f"{option}: there is no such thing on this device ({kind}); leave it out", USAGE)
-    if kind == "cuda":
+    if on_gpu:
         # torch's own default is TF32 in convolutions and not in matrix products.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     if kind == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
-        torch.set_num_threads(loading.cores_per_process())
+        torch.set_num_threads(cores_per_process())
     if kind == "cpu":
         _keep_memory()
         # Of a 1x1 convolution on channels_last images, whose gradient is laid out otherwise and equal all the same.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return accelerator
+
+
+def _waiting(minutes: float) -> InitProcessGroupKwargs:
+    """How long processes wait for one another. Accelerate hands on what differs from its own default, 10 minutes."""
+    return InitProcessGroupKwargs(timeout=timedelta(minutes=minutes, microseconds=1))
+
+
+def dispatch(accelerator: Accelerator, streamed: bool) -> None:
+    """Say of loaders prepared from here on whether the main process hands out their batches, or each reads its own."""
+    accelerator.dataloader_config.dispatch_batches = streamed or None
 
 
 def _check_launched_as_meant() -> None:
@@ -102,7 +108,15 @@ def ended(accelerator: Accelerator):
 
     A process that still holds gloo's connections at its end is aborted now and then, after all work is done.
     """
-    yield
+    try:
+        yield
+    except Interrupted:  # which all processes are, at the same step
+        _leave(accelerator)
+        raise
+    _leave(accelerator)
+
+
+def _leave(accelerator: Accelerator) -> None:
     gc.collect()  # a phase's wrapped models, which refer to themselves
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -157,32 +171,6 @@ def _keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-@contextlib.contextmanager
-def together(accelerator: Accelerator):
-    """Around work that one process does or may fail at: a `UserError` in one of them is raised in all.
-
-    Nothing inside may wait for the other processes.
-    """
-    error = None
-    try:
-        yield
-    except UserError as raised:
-        error = raised
-    failed = next((one for one in gather_object([error]) if one), None)
-    if failed:
-        raise UserError(str(failed), failed.exit_code, shared=True) from error
-
-
-def agreed(accelerator: Accelerator, value):
-    """The largest of all processes' values, on every process. Waits for them, so not for each step."""
-    return value if accelerator.num_processes == 1 else max(gather_object([value]))
-
-
-def from_main(accelerator: Accelerator, value):
-    """The main process's value, on every process."""
-    return broadcast_object_list([value])[0]
-
-
 def environment(accelerator: Accelerator) -> Environment:
     """What config.yaml records of the surroundings."""
     from importlib.metadata import version
@@ -234,7 +222,7 @@ def describe_batch(config: Config, accelerator: Accelerator, micro_batch_size: i
         parts.append(f"{share} on each")
     if passes > 1:
         parts.append(f"in {passes} forward passes of {micro_batch_size}")
-    steps = "as many steps an epoch as there are batches" if rows is None else f"{rows // total} steps an epoch"
+    steps = "how many steps an epoch, a stream tells at its end" if rows is None else f"{rows // total} steps an epoch"
     return f"{', '.join(parts)}; {steps}"
 
 

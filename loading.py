@@ -1,16 +1,18 @@
 """From opened data to the loaders that training reads: what is decoded when, by whom, in which order."""
 
 import dataclasses
-import os
 import signal
 
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from config import DataConfig
 from data import Data
 from decoding import Collate
+from processes import cores_per_process, is_main
 
 FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
@@ -100,7 +102,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int, seed: 
     """
     rows, training = getattr(source, split), split == "train"
     kept, streamed = isinstance(rows, Pixels), isinstance(rows, Sampler)
-    reads = not streamed or os.environ.get("RANK", "0") == "0"  # of a stream the main process alone
+    reads = not streamed or is_main()  # of a stream the main process alone
     return DataLoader(
         Given() if streamed else rows,
         sampler=rows if streamed else None,
@@ -153,6 +155,17 @@ def _outlive_signals(_worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
+def pass_over(accelerator: Accelerator, prepared_loader, steps: int):
+    """A prepared training loader that begins behind an epoch's first steps, drawing no random numbers on its way.
+
+    Accelerate's own way counts a dispatched loader's batches, of which each process gets one in a step.
+    """
+    if isinstance(prepared_loader, DataLoaderDispatcher):
+        prepared_loader.skip_batches = steps  # of this epoch: the next one asks again
+        return prepared_loader
+    return accelerator.skip_first_batches(prepared_loader, steps) if steps else prepared_loader
+
+
 def images_in(prepared_loader, global_batch: int) -> int | None:
     """Images that a prepared training loader gives in one epoch, all processes together; None if not known yet."""
     try:
@@ -168,9 +181,3 @@ def _workers(config: DataConfig) -> int:
 def default_workers() -> int:
     """Cores of this machine less one for the training itself, shared by its processes; 1 to 4."""
     return min(4, max(1, cores_per_process() - 1))
-
-
-def cores_per_process() -> int:
-    """CPU cores that this process may use (its affinity, where the system has one), shared with its siblings."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

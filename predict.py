@@ -166,6 +166,7 @@ from checkpoint import write_whole
 from inference import Classifier, described
 from metrics import IGNORED, Classification
 from predictions import Mistakes, describe, describe_robustness, predictions_csv, whole_csv, writing
+from processes import together
 
 
 def predict(args: argparse.Namespace, config: Config) -> None:
@@ -186,7 +187,7 @@ def predict(args: argparse.Namespace, config: Config) -> None:
     config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and torch.cuda.is_available())
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
     folder = args.run / "predictions"
-    with launch.together(accelerator), writing(folder):
+    with together(accelerator), writing(folder):
         folder.mkdir(exist_ok=True)
         if args.output and not args.output.absolute().parent.is_dir():
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
@@ -219,6 +220,7 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
     """A split's figures as NAME.json, its predictions as NAME.csv, and the mistakes' pictures."""
     part = args.split or "test"
     source, loader, ids = _opened(args, model, part)
+    launch.dispatch(accelerator, streamed=ids is None)
     superclasses = data.superclasses(source) if accelerator.is_main_process else None
     name = _name(args, part)
     target = args.output or folder / f"{name}.csv"
@@ -255,7 +257,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
     config = model.config.data
     if part == "test" and config.test_split is None:
         raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
-    source = data.load(config, only_test=part == "test")
+    source = data.load(config, model.config.seed, only_test=part == "test")
     source = dataclasses.replace(source, size=size or source.size)
     rows = getattr(source, part)
     if args.limit:

@@ -17,6 +17,7 @@ import sharing
 from checkpoint import write_whole
 from config import Config
 from errors import USAGE, UserError
+from processes import on_main, together
 from recipe import check, read_yaml
 
 # What a resumed run may take from the command line: nothing that has left its mark on the weights. Phases that have not
@@ -46,14 +47,14 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
         UserError: the folder of a new run exists, or can't be made or seen; or another process has it.
     """
     name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = resume or Path(launch.from_main(accelerator, str(config.runs_folder() / name)))
+    run = resume or Path(on_main(lambda: str(config.runs_folder() / name)))
     lock, folder_made = FileLock(run / "checkpoints" / ".lock", blocking=False), not run.parent.exists()
-    with launch.together(accelerator):
+    with together(accelerator):
         if accelerator.is_main_process:
             if not resume:
                 _make(run, config, launch.environment(accelerator))
             _take(lock, run)
-    with launch.together(accelerator):
+    with together(accelerator):
         if not (run / "config.yaml").is_file():
             raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
     try:
@@ -127,7 +128,8 @@ def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: i
         if was == now or field.startswith(("environment.", "recipe")):
             continue
         section, _, rest = field.partition(".")
-        if not field.startswith(FREE) and (section != "phases" or rest.split(".")[0] in names):
+        ordering = field == "data.keep_mb" and config.data.streaming  # what is kept is shuffled fully
+        if (ordering or not field.startswith(FREE)) and (section != "phases" or rest.split(".")[0] in names):
             raise UserError(
                 f"--resume: {field} was {json.dumps(was)} and can't become {json.dumps(now)} in mid-run; leave it "
                 "out, or start a new run",

@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from config import DataConfig
 from decoding import bytes_of
-from errors import UserError, first_line
+from errors import USAGE, UserError, first_line
+from processes import is_main
 
 CHUNK = 64  # rows that are read at once
 AHEAD = 8  # chunks that are read before they are wanted
@@ -49,7 +49,6 @@ class Stream(Sampler):
             yield row
 
     def __iter__(self) -> Iterator[dict]:
-        assert os.environ.get("RANK", "0") == "0", "a stream's loader has to be one that dispatches batches"
         rows = chain(self.looked_at, self.begun) if self.begun else iter(self.rows)
         self.looked_at, self.begun = [], None
         reader, fetcher = ThreadPoolExecutor(1), ThreadPoolExecutor(CONNECTIONS)
@@ -93,13 +92,26 @@ class TrainingStream:
         mixed = min(10, rows.num_shards)
         shuffled = rows.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
         self.in_order, self.shuffled = (Stream(each, image, config.source) for each in (rows, shuffled))
-        self.image, self.held_out, self.keep_mb, self.seed = image, held_out, config.keep_mb, seed
+        self.image, self.held_out, self.seed = image, held_out, seed
+        self.keep_mb, self.batch_size = config.keep_mb, config.batch_size
         self.kept: dict[bool, list[dict]] = {}  # training rows under False, validation rows under True
         self.whole = self.too_large = False  # all rows are kept; there are too many to keep
         self.training, self.validation = Part(self, validation=False), Part(self, validation=True)
 
     def rows_of(self, validation: bool, epoch: int) -> Iterator[dict]:
-        """The validation rows, or an epoch's training rows in its order."""
+        """The validation rows, or an epoch's training rows in its order.
+
+        Raises:
+            UserError: there are too few of them, which is known at their end.
+        """
+        assert is_main(), "the loader has to be one whose batches are dispatched"
+        rows = 0
+        for row in self._rows_of(validation, epoch):
+            rows += 1
+            yield row
+        self._check(rows, validation)
+
+    def _rows_of(self, validation: bool, epoch: int) -> Iterator[dict]:
         if not (validation or self.whole or self.too_large):
             if not epoch:
                 return self._first_pass()
@@ -133,6 +145,16 @@ class TrainingStream:
                 "and are kept in memory"
             )
 
+    def _check(self, rows: int, validation: bool) -> None:
+        if validation and rows < _processes():
+            raise UserError(
+                f"{self.in_order.source}: {rows} validation rows (data.folds, data.fold) for {_processes()} process(es)"
+            )
+        if not validation and rows < self.batch_size:
+            raise UserError(
+                f"{self.in_order.source}: {rows} training rows are fewer rows than data.batch_size {self.batch_size}"
+            )
+
     def _is_held_out(self, row: dict) -> bool:
         return self.held_out(row[self.image]["bytes"])
 
@@ -162,20 +184,11 @@ class First(Sampler):
         self.rows, self.count = rows, count
 
     def __iter__(self) -> Iterator[dict]:
+        if self.count < _processes():
+            raise UserError(f"{self.count} rows are too few for {_processes()} processes", USAGE)
         return islice(iter(self.rows), self.count)
 
 
-def from_main(read: Callable):
-    """What `read` returns on the main process, on all processes, or the `UserError` that it raises there."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return read()
-    value = error = None
-    if int(os.environ.get("RANK", "0")) == 0:
-        try:
-            value = read()
-        except UserError as raised:
-            error = str(raised), raised.exit_code
-    value, error = broadcast_object_list([(value, error)])[0]
-    if error:
-        raise UserError(*error, shared=True)
-    return value
+def _processes() -> int:
+    """How many share each batch. Accelerate fills an evaluation's last one up, for which it takes a row from each."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -18,8 +18,9 @@ from checkpoint import write_whole
 from config import Config
 from engine import Step
 from errors import UserError, first_line
-from launch import peak_memory, together
+from launch import peak_memory
 from phases import RunState
+from processes import together
 
 PROJECT = "phases"  # W&B's project
 WANDB_TIMEOUT = 15  # seconds that W&B may take to connect before the run goes on offline

@@ -14,7 +14,7 @@ everything else is frozen. Parts 1 and 2 of the report are runs with one phase, 
 import hub
 from commandline import parse
 from config import Config
-from errors import Interrupted, UserError, told
+from errors import Interrupted, told
 
 if __name__ == "__main__":
     with told():
@@ -44,6 +44,7 @@ from engine import train_epoch, unwrap, validate
 from interrupt import Interrupt
 from metrics import Classification
 from phases import EarlyStopping, RunState, Schedule, make_optimizer
+from processes import together
 from tracking import Tracking
 
 
@@ -58,11 +59,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
         Interrupted: a signal came; everything up to its step is in a checkpoint.
     """
     accelerator = launch.make_accelerator(config)
-    with launch.together(accelerator):
+    with together(accelerator):
         if config.push_to_hub and accelerator.is_main_process:
             sharing.check(config.push_to_hub)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(launch.ended(accelerator))
         run = stack.enter_context(runs.opened(accelerator, config, resume))
         way_on = f"go on with: accelerate launch {launch.precision_option(accelerator)}train.py --resume {run}"
         saved = checkpoint.newest(accelerator, run)
@@ -75,6 +75,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         start = models.without_weights(config.model) if saved else config.model
         models.check(start)
         source = data.load(config.data, config.seed)
+        launch.dispatch(accelerator, data.is_streamed(source))
         data.check_batch(source, config.data)
         size = data.model_size(source, config.data)
 
@@ -82,8 +83,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
         set_seed(config.seed)
         model, origin = models.create(start, source.class_names, size)
         model = launch.in_its_layout(model, accelerator.device)
-        if config.sync_batch_norm:
-            model = models.synchronised(model)
         facts = {"data": data.facts(source), "pretrained_cfg": model.pretrained_cfg}
         if saved:
             saved.check_same("data", facts["data"])
@@ -96,6 +95,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, train_transform, size, share)
             config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
         accelerator.gradient_accumulation_steps = share // micro_batch_size
+        if config.sync_batch_norm:  # not before the trial steps, in which processes must not wait for one another
+            model = models.synchronised(model)
 
         accelerator.print(f"{config.to_yaml()}\nrun: {run}\ndata: {data.describe(source, config.data)}")
         accelerator.print(
@@ -108,6 +109,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))
         stack.enter_context(faults.told(way_on, accelerator, micro_batch_size))
+        stack.enter_context(launch.ended(accelerator))
 
         hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
         source = loading.keep_decoded(source, config.data, interrupt.watch, hidden)
@@ -148,9 +150,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 began, lr, images = time.perf_counter(), optimizer.param_groups[0]["lr"], 0
                 train_loader.set_epoch(state.epoch)
                 # Resumed in mid-epoch, pass over what has been trained on, which draws no random numbers.
-                rest, passed = train_loader, state.epoch_step
-                if state.epoch_step:
-                    rest = accelerator.skip_first_batches(train_loader, state.epoch_step)
+                passed = state.epoch_step
+                rest = loading.pass_over(accelerator, train_loader, passed)
                 steps = train_epoch(
                     accelerator, model, rest, train_transform, optimizer, metrics, micro_batch_size, config.clip_norm
                 )
@@ -167,10 +168,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
                             tracking.check_finite()
                             checkpoints.save(state, metrics)
                         interrupt.check()
-                    if not state.epoch_step:
-                        raise UserError(
-                            f"the training split has fewer rows than data.batch_size {config.data.batch_size}"
-                        )
                     training_ended, steps_made = time.perf_counter(), max(1, state.epoch_step - passed)
                     whole_epoch = state.epoch_step / steps_made * (training_ended - began)
                     val_batches = interrupt.watch(val_loader)

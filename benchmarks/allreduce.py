@@ -6,7 +6,8 @@
 For each number of processes torch's elastic launcher starts them on this machine. Each holds its share of the batch on
 its device and makes steps of forward, backward and optimizer, in turns with its gradients reduced over the processes,
 as in training, and without. On a CPU (gloo) the bytes that a step sends are counted at the loopback interface, beside
-those that a ring needs: 2 (processes - 1) times the size of what trains, all processes together.
+those that it needs, all processes together: a ring takes 2 (processes - 1) times the size of what trains, and batch
+norms' statistics go from the main process to the others before each forward pass.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import turns
 
 from errors import told
 
+STEPS = 4  # that are counted in a block
 PHASES = ("resnet50:head", "resnet50:finetune")
 
 
@@ -58,25 +60,31 @@ def measure(args) -> None:
         train_mode(prepared)
         seconds, sent = {True: [], False: []}, []
 
-        for number in range(args.steps + 2):
-            for reduced in (True, False):
-                accelerator.wait_for_everyone()
-                before, began = loopback_bytes(), time.perf_counter()
-                with contextlib.nullcontext() if reduced else accelerator.no_sync(prepared):
+        for number in range(2 * args.blocks + 2):
+            reduced = not number % 2
+            with contextlib.nullcontext() if reduced else accelerator.no_sync(prepared):
+                # The first step of a block has what DDP left to it from the block before, and is not counted.
+                for step in range(STEPS + 1):
+                    if step <= 1:
+                        accelerator.wait_for_everyone()
+                        before, began = loopback_bytes(), time.perf_counter()
                     accelerator.backward(F.cross_entropy(prepared(images), labels))
-                optimizer.step()
-                optimizer.zero_grad()
+                    optimizer.step()
+                    optimizer.zero_grad()
                 if accelerator.device.type == "cuda":
                     torch.cuda.synchronize()
-                took = time.perf_counter() - began
-                accelerator.wait_for_everyone()
-                if number >= 2:
-                    seconds[reduced].append(took)
-                    if reduced and before is not None:
-                        sent.append(loopback_bytes() - before)
+            took = (time.perf_counter() - began) / STEPS
+            accelerator.wait_for_everyone()
+            if number >= 2:  # the first of each kind warm up
+                seconds[reduced].append(took)
+                if reduced and before is not None:
+                    sent.append((loopback_bytes() - before) / STEPS)
         trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+        others = accelerator.num_processes - 1
         row = {"phase": name, "processes": accelerator.num_processes, "batch_size": args.batch_size}
-        row |= {"trained_bytes": trained, "ring_bytes": 2 * (accelerator.num_processes - 1) * trained}
+        row |= {"trained_bytes": trained, "buffer_bytes": buffers}
+        row |= {"needed_bytes": others * (2 * trained + buffers)}
         row |= {"sent_bytes": round(statistics.median(sent)) if sent else None}
         row |= {"step_seconds": round(statistics.median(seconds[True]), 4)}
         ratios = [one / two for one, two in zip(seconds[True], seconds[False], strict=True)]
@@ -91,10 +99,12 @@ def run(args, processes: int) -> list[dict]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    options = ["--batch_size", args.batch_size, "--steps", args.steps, "--measure"]
-    env = {"ACCELERATE_USE_CPU": "false" if turns.device_name().count("CPU") == 0 else "true"}
+    options = ["--batch_size", args.batch_size, "--blocks", args.blocks, "--measure"]
     result = subprocess.run(
-        [*launcher, sys.argv[0], *map(str, options)], env=os.environ | env, stdout=subprocess.PIPE, text=True
+        [*launcher, sys.argv[0], *map(str, options)],
+        env=os.environ | turns.device_env(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if result.returncode:
         sys.exit(f"{processes} processes ended with exit code {result.returncode}")
@@ -105,13 +115,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=turns.positive, nargs="+", default=[1, 2, 4], help="[1 2 4]")
     parser.add_argument("--batch_size", type=turns.positive, default=64, help="of all processes together [64]")
-    parser.add_argument("--steps", type=turns.positive, default=8, help="of each kind [8]")
+    parser.add_argument("--blocks", type=turns.positive, default=5, help="of four steps, of each kind [5]")
     parser.add_argument("--output", type=turns.output, default=Path("allreduce"), help="name of what is written")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     turns.prepare()
     if args.measure:
         return measure(args)
+    turns.check_shares(parser, args)
     said, rows = turns.conditions(), []
     turns.tell(said)
     for processes in args.processes:

@@ -92,9 +92,9 @@ def read_in_each_step():
 
 def one_thread():
     """What accelerate launch sets a CPU training to."""
-    import data
+    import launch
 
-    patch(data, "cores_per_process", lambda _: lambda: 1)
+    patch(launch, "cores_per_process", lambda _: lambda: 1)
 
 
 def glibc_as_it_is():

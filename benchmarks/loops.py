@@ -105,7 +105,7 @@ class Plain:
         from torchvision import transforms as T
 
         import decoding
-        import loading
+        import processes
 
         class Images(Dataset):
             """As torchvision's own CIFAR100: arrays in memory, each made a PIL image and transformed when wanted."""
@@ -122,7 +122,7 @@ class Plain:
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.criterion = torch.nn.CrossEntropyLoss()
-        workers = loading.cores_per_process()
+        workers = processes.cores_per_process()
         training = Images(source.train, usual_transforms(mean, std))
         self.train_loader = DataLoader(training, batch_size, shuffle=True, drop_last=True, num_workers=workers)
         validation = Images(source.validation, T.Compose([T.ToTensor(), T.Normalize(mean, std)]))

@@ -1,24 +1,29 @@
 """How many images a second can one process read and decode for all, and how much faster is every process for itself?
 
-    python benchmarks/reading.py                                  # embedded images, 32x32
-    python benchmarks/reading.py --data CIFAR100 --workers 0 1 2 4
-    python benchmarks/reading.py --size 224                       # as JPEG of that size, enlarged
+    python benchmarks/reading.py                                        # embedded images, 32x32
+    python benchmarks/reading.py --data CIFAR100 --workers 0 1 2 --processes 1 2
+    python benchmarks/reading.py --size 224 --rows 1000                 # as JPEG of that size, enlarged
 
-A stream is read by the main process, whose workers decode for all processes. Measured are its passes without any
-training: `first`, that keeps what it reads; `kept`, from memory; `again`, of a stream that is too large to keep;
-`mapped`, the same rows memory-mapped (`data.streaming false`), which each process reads and decodes for itself. They
-take turns; the medians of images per second are shown, and as JSON saved, with the lowest and the highest.
+A stream is read by the main process, whose workers decode for all processes. Measured is what the loaders give to all
+processes together, without any training: `first`, a stream's first pass, opened, shuffled within a tenth of its rows
+and kept; `kept`, from memory; `again`, of a stream that is too large to keep; `mapped`, the same rows memory-mapped
+(`data.streaming false`), of which each process reads and decodes its own. They take turns; the medians of images per
+second are shown, and saved as JSON, with the lowest and the highest.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import loops
 import turns
 
 from errors import told
@@ -41,65 +46,83 @@ def rows_of(args, folder: Path) -> Path:
         row[image].convert("RGB").resize((args.size, args.size)).save(file, "JPEG", quality=90)
         return {image: {"bytes": file.getvalue(), "path": None}}
 
-    rows.map(enlarge, features=rows.features).to_parquet(source / "train.parquet")
-    return source
+    (folder / "enlarged").mkdir()
+    rows.map(enlarge, features=rows.features).to_parquet(folder / "enlarged" / "train.parquet")
+    return folder / "enlarged"
 
 
-def passes(source: Path, workers: int, batch_size: int, rounds: int) -> dict[str, list[float]]:
-    """Rates of each pass, one for each round."""
+def measure(args) -> None:
+    """In each process: all passes in turns; the main one says their rates."""
     import data
+    import launch
     import loading
     from config import DataConfig
 
+    accelerator = launch.make_accelerator(loops.config_of("simple_cnn", args.data, args.batch_size, "runs"))
+    options = {"workers": args.workers[0], "test_split": None, "batch_size": args.batch_size}
+    options |= {"shuffle_buffer": max(1, args.rows // 10)}
     rates = {name: [] for name in PASSES}
-
-    def one(name, opened, config, epoch=0):
-        loader = loading.loader(opened, "train", config, batch_size, seed=0)
-        if hasattr(loader.sampler, "set_epoch"):
-            loader.sampler.set_epoch(epoch)
-        began, images = time.perf_counter(), 0
-        for batch in loader:
-            images += len(batch["label"])
-        rates[name].append(images / (time.perf_counter() - began))
-
-    for name in PASSES * rounds:
+    for name in PASSES * args.rounds:
+        keep_mb = 0 if name == "again" else 2**16
+        config = DataConfig(source=args.data, streaming=name != "mapped", keep_mb=keep_mb, **options)
+        launch.dispatch(accelerator, streamed=name != "mapped")
         with contextlib.redirect_stdout(io.StringIO()):  # what a stream says of itself
-            streamed, keep_mb = name != "mapped", 0 if name == "again" else 2**16
-            config = DataConfig(
-                source=str(source), streaming=streamed, keep_mb=keep_mb, workers=workers, test_split=None
-            )
+            began = time.perf_counter()
             opened = data.load(config)
-            if name in ("kept", "again"):  # the second pass of each
-                for _ in opened.train:
-                    pass
-            one(name, opened, config, epoch=int(name in ("kept", "again")))
-    return rates
+            loader = loading.loader(opened, "train", config, args.batch_size // accelerator.num_processes, seed=0)
+            loader = accelerator.prepare(loader)
+            for epoch in range(1 if name in ("first", "mapped") else 2):
+                accelerator.wait_for_everyone()
+                began = began if name == "first" else time.perf_counter()
+                loader.set_epoch(epoch)
+                batches = sum(1 for _ in loader)
+        rates[name].append(batches * args.batch_size / (time.perf_counter() - began))
+        accelerator.free_memory()
+    if accelerator.is_main_process:
+        print(json.dumps(rates), flush=True)
+    accelerator.end_training()
+
+
+def run(args, source: Path, processes: int, workers: int) -> dict[str, list[float]]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    options = ["--data", source, "--rows", args.rows, "--batch_size", args.batch_size, "--rounds", args.rounds]
+    options += ["--workers", workers, "--measure"]
+    command = [*launcher, sys.argv[0], *map(str, options)]
+    result = subprocess.run(command, env=os.environ | turns.device_env(), stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        sys.exit(f"{processes} processes ended with exit code {result.returncode}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=turns.positive, help="pixels a side of JPEG images [as they are]")
     parser.add_argument("--rows", type=turns.positive, default=5000, help="images that are read [5000]")
-    parser.add_argument("--batch_size", type=turns.positive, default=64)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers [0 1 2]")
+    parser.add_argument("--batch_size", type=turns.positive, default=64, help="of all processes together [64]")
+    parser.add_argument("--processes", type=turns.positive, nargs="+", default=[1], help="numbers of them [1]")
+    parser.add_argument("--workers", type=turns.count, nargs="+", default=[0, 1, 2], help="numbers of them [0 1 2]")
     parser.add_argument("--rounds", type=turns.positive, default=5)
     turns.add_options(parser, "reading")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     turns.prepare()
+    if args.measure:
+        return measure(args)
+    turns.check_shares(parser, args)
     said, rows = turns.conditions(), []
     turns.tell(said)
     with tempfile.TemporaryDirectory() as folder:
         source = rows_of(args, Path(folder))
-        for workers in args.workers:
-            for name, rates in passes(source, workers, args.batch_size, args.rounds).items():
-                rows.append({"pass": name, "workers": workers, "image_size": args.size, "rows": args.rows})
-                rows[-1] |= {"images_per_second": round(statistics.median(rates)), "spread": _span(rates)}
-                print(json.dumps(rows[-1]), flush=True)
-                turns.save(args.output, said, rows)
-
-
-def _span(rates: list[float]) -> list[int]:
-    return [round(min(rates)), round(max(rates))]
+        for processes in args.processes:
+            for workers in args.workers:
+                for name, rates in run(args, source, processes, workers).items():
+                    rows.append({"pass": name, "processes": processes, "workers": workers, "image_size": args.size})
+                    rows[-1] |= {"rows": args.rows, "images_per_second": round(statistics.median(rates))}
+                    rows[-1] |= {"spread": [round(min(rates)), round(max(rates))]}
+                    print(json.dumps(rows[-1]), flush=True)
+                    turns.save(args.output, said, rows)
 
 
 if __name__ == "__main__":

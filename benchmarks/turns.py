@@ -43,10 +43,10 @@ def answer(work: Callable[[], Iterable | None]) -> None:
     """
     import torch
 
-    import loading
+    import processes
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    torch.set_num_threads(loading.cores_per_process())
+    torch.set_num_threads(processes.cores_per_process())
     for value in work() or ():
         take(value)
 
@@ -150,6 +150,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """argparse's type of a whole number from 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def check_shares(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with an error if the batch can't be shared out equally."""
+    if odd := [processes for processes in args.processes if args.batch_size % processes]:
+        parser.error(f"--batch_size: {args.batch_size} images can't be shared out equally to {odd[0]} processes")
+
+
 def output(text: str) -> Path:
     """argparse's type of --output: a name in a folder that is there."""
     if not Path(text).parent.is_dir():
@@ -186,11 +197,16 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
 def device_name() -> str:
     import torch
 
-    import loading
+    import processes
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{loading.cores_per_process()} CPU cores"
+    return f"{processes.cores_per_process()} CPU cores"
+
+
+def device_env() -> dict[str, str]:
+    """For several processes: without a GPU each would believe to be alone if it were not said."""
+    return {"ACCELERATE_USE_CPU": str("CPU" in device_name()).lower()}
 
 
 def conditions() -> dict:
@@ -199,13 +215,13 @@ def conditions() -> dict:
 
     import torch
 
-    import loading
+    import processes
 
     names = ("torch", "torchvision", "timm", "accelerate", "datasets")
     return {
         "device": device_name(),
         "machine": _processor(),
-        "threads": loading.cores_per_process(),
+        "threads": processes.cores_per_process(),
         "system": platform.system(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},

@@ -15,27 +15,39 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
-run=runs/slurm-$SLURM_JOB_ID
+folder=${OUTPUT_DIR:-runs} # which all machines share
+run=$folder/slurm-$SLURM_JOB_ID
+for option in "$@"; do
+    case $option in
+    --output_dir* | --run_name* | --resume*)
+        echo "slurm.sh: it names the run itself, below \$OUTPUT_DIR (runs): leave $option out" >&2
+        exit 2
+        ;;
+    esac
+done
 if [ -f "$run/config.yaml" ]; then
-    set -- "$@" --resume "$run"
+    set -- "$@" --output_dir "$folder" --resume "$run"
 else
-    set -- "$@" --run_name "slurm-$SLURM_JOB_ID"
+    set -- "$@" --output_dir "$folder" --run_name "${run##*/}"
 fi
 
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD
 export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16}
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from the job by itself
 
-# One launcher a machine, which hands signals on to its processes and waits for their checkpoint; accelerate launch would
-# be ended by SIGUSR1. What is in single quotes is evaluated on each machine.
+stopped=
+step=
+trap 'stopped=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1
+
+# One launcher a machine, which hands signals on to its processes and waits 100 seconds for their checkpoint; accelerate
+# launch would be ended by SIGUSR1. What is in single quotes is evaluated on each machine.
 # shellcheck disable=SC2016
 srun bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" \
     --nproc_per_node "$SLURM_GPUS_ON_NODE" --master_addr "$HEAD" --master_port "${PORT:-29500}" \
-    --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train.py "$@"' launch "$@" &
+    --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown_timeout 100 train.py "$@"' launch "$@" &
 step=$!
 
-stopped=
-trap 'stopped=yes; kill -USR1 "$step"' USR1
 wait "$step"
 code=$?
 if [ "$stopped" ]; then # it was the signal that ended the wait

@@ -12,10 +12,13 @@ from test_faults import Small
 from torch import nn
 
 import data
+import launch
 import loading
 import models
+import streaming
 from config import DataConfig, ModelConfig, PhaseConfig
 from engine import train_epoch, unwrap, validate
+from errors import UserError
 from faults import fitting_micro_batch
 from metrics import Classification
 from phases import make_optimizer
@@ -80,6 +83,40 @@ def corrupt_images(accelerator: Accelerator, corrupted: str) -> None:
     assert same_everywhere([steps, trained, tested])
 
 
+def a_resumed_epoch_goes_on_behind_its_first_steps(accelerator: Accelerator, parquet: str) -> None:
+    """Of a stream and of memory-mapped rows, to the last step and behind it; afterwards epochs are whole again."""
+    for streamed in (True, False):
+        launch.dispatch(accelerator, streamed)
+        config = DataConfig(source=parquet, streaming=streamed, workers=0, shuffle_buffer=50)
+        loader = accelerator.prepare(loading.loader(data.load(config), "train", config, 16, seed=0))
+
+        def images(epoch, steps, loader=loader):
+            loader.set_epoch(epoch)
+            return [batch["image"].sum().item() for batch in loading.pass_over(accelerator, loader, steps)]
+
+        images(0, 0)
+        whole = images(1, 0)
+        assert len(whole) > 5
+        for steps in (3, len(whole)):
+            assert images(1, steps) == whole[steps:], (streamed, steps)
+        assert images(1, 0) == whole
+        accelerator.free_memory()
+    launch.dispatch(accelerator, streamed=False)
+
+
+def too_few_rows_are_told(accelerator: Accelerator, parquet: str) -> None:
+    """Accelerate would give one process more than there is; only the main one reads and raises."""
+    config = DataConfig(source=parquet, streaming=True, workers=0)
+    rows = streaming.First(data.load(config).test, 1)
+    if accelerator.is_main_process:
+        try:
+            list(rows)
+        except UserError as error:
+            assert "1 rows are too few for 2 processes" in str(error)
+        else:
+            raise AssertionError("nothing was said")
+
+
 def main(parquet: str, corrupted: str) -> None:
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
@@ -90,20 +127,20 @@ def main(parquet: str, corrupted: str) -> None:
     result = {}
 
     # Validation: every row once, for row counts that do not divide, memory-mapped and streamed.
-    for streaming in (False, True):
+    for streamed in (False, True):
         set_seed(0)
-        accelerator.dataloader_config.dispatch_batches = streaming or None
-        config = DataConfig(source=parquet, streaming=streaming, workers=0)
+        launch.dispatch(accelerator, streamed)
+        config = DataConfig(source=parquet, streaming=streamed, workers=0)
         source = data.load(config)
         model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         rows = accelerator.prepare(loading.loader(source, "validation", config, 7, seed=0))
-        result[f"validate_{'streamed' if streaming else 'mapped'}"] = validate(
+        result[f"validate_{'streamed' if streamed else 'mapped'}"] = validate(
             accelerator, prepared, rows, lambda images: images.float() / 255, 3
         )
         accelerator.free_memory()
 
-    accelerator.dataloader_config.dispatch_batches = None
+    launch.dispatch(accelerator, streamed=False)
     # Two phases: after each, all ranks hold the same weights, and what was frozen is what it was.
     set_seed(0)
     model, _ = models.create(ModelConfig(name="test_resnet"), list("abcd"), (32, 32))
@@ -139,6 +176,8 @@ def main(parquet: str, corrupted: str) -> None:
         assert digest(model, frozen) == before, f"{frozen} were frozen and changed"
         result[modules[0]] = images
 
+    a_resumed_epoch_goes_on_behind_its_first_steps(accelerator, parquet)
+    too_few_rows_are_told(accelerator, parquet)
     a_micro_batch_that_fits_everywhere(accelerator)
     corrupt_images(accelerator, corrupted)
     accelerator.free_memory()

@@ -3,7 +3,8 @@
     recorded.py PARQUET FOLDER CASE...
 
 Rank 0 writes FOLDER/CASE.json: for each step the loss of the whole batch and which images were in it; for each epoch
-what each process decided on its own; whether what was frozen has stayed so, and what each process drew.
+what each process decided on its own; for each evaluation its rows and each process's weights and buffers; whether what
+was frozen has stayed so, and what each process drew.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
+import engine
 import train
 from recipe import check
 
@@ -56,10 +58,20 @@ def digest(values) -> str:
     return hashlib.blake2b(values.cpu().contiguous().numpy().tobytes(), digest_size=6).hexdigest()
 
 
+def state_of(model, frozen_alone=False) -> dict[str, str]:
+    """Digests of parameters and buffers, all of them or those of the modules that do not train."""
+    found = {}
+    for name, module in model.named_modules():
+        if not frozen_alone or not any(parameter.requires_grad for parameter in module.parameters()):
+            for kind in (module.named_parameters, module.named_buffers):
+                found |= {f"{name}.{key}": digest(value.detach()) for key, value in kind(recurse=False)}
+    return found
+
+
 def record(config, double: bool) -> dict:
     """Run it with eyes at the loop's two ends: the batches that go in, the steps and decisions that come out."""
-    steps, examples, decisions, drawn, frozen = [], [], [], [], []
-    real = {name: getattr(train, name) for name in ("train_epoch", "EarlyStopping")}
+    steps, examples, decisions, drawn, frozen, evaluated = [], [], [], [], [], []
+    real = {name: getattr(train, name) for name in ("train_epoch", "validate", "EarlyStopping")}
     create, build = train.models.create, train.augment.build
 
     def created(*args):
@@ -85,12 +97,25 @@ def record(config, double: bool) -> dict:
     def train_epoch(accelerator, model, loader, *rest):
         bare = accelerator.unwrap_model(model)
         decisions.append(["lr", rest[1].param_groups[0]["lr"]])
-        still = [name for name, parameter in bare.named_parameters() if not parameter.requires_grad]
-        before = {name: digest(bare.get_parameter(name).detach()) for name in still}
+        before = state_of(bare, frozen_alone=True)
         for step in real["train_epoch"](accelerator, model, watched(loader), *rest):
             steps.append(accelerator.reduce(step.loss.double(), "mean").item())
             yield step
-        frozen.append({name: digest(bare.get_parameter(name).detach()) for name in still} == before)
+        frozen.append(state_of(bare, frozen_alone=True) == before)
+
+    def validate(accelerator, model, *rest):
+        compute, rows = engine.Classification.compute, []
+
+        def counting(self, *args):
+            rows.append(sum(len(labels) for _, _, labels in self.rows))
+            return compute(self, *args)
+
+        engine.Classification.compute = counting
+        try:
+            return real["validate"](accelerator, model, *rest)
+        finally:
+            engine.Classification.compute = compute
+            evaluated.append([rows, state_of(accelerator.unwrap_model(model))])
 
     class EarlyStopping(real["EarlyStopping"]):
         def step(self, *args):
@@ -98,14 +123,16 @@ def record(config, double: bool) -> dict:
             decisions.append([*args, self.best, self.bad_epochs, decided])
             return decided
 
-    train.train_epoch, train.EarlyStopping = train_epoch, EarlyStopping
+    train.train_epoch, train.validate, train.EarlyStopping = train_epoch, validate, EarlyStopping
     train.models.create, train.augment.build = created, built
     try:
         run = train.train(config)
     finally:
-        train.train_epoch, train.EarlyStopping = real["train_epoch"], real["EarlyStopping"]
+        for name, function in real.items():
+            setattr(train, name, function)
         train.models.create, train.augment.build = create, build
-    everywhere = gather_object([{"decisions": decisions, "drawn": drawn, "frozen": frozen, "examples": examples}])
+    own = {"decisions": decisions, "drawn": drawn, "frozen": frozen, "examples": examples, "evaluated": evaluated}
+    everywhere = gather_object([own])
     together = zip(*(each["examples"] for each in everywhere), strict=True)
     return {
         "losses": steps,
@@ -113,6 +140,7 @@ def record(config, double: bool) -> dict:
         "history": [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()],
         "test": json.loads((run / "summary.json").read_text()),
         "decisions": [each["decisions"] for each in everywhere],
+        "evaluated": [each["evaluated"] for each in everywhere],
         "drawn": [each["drawn"][0] for each in everywhere],
         "frozen": all(all(each["frozen"]) for each in everywhere),
     }

@@ -118,7 +118,7 @@ def test_scaling_writes_rows(command, tmp_path, part):
     ("script", "options", "rows"),
     [
         ("reading.py", ("--rows", "400", "--workers", "0", "--size", "40"), 4),
-        ("allreduce.py", ("--processes", "2", "--batch_size", "4", "--steps", "1"), 2),
+        ("allreduce.py", ("--processes", "2", "--batch_size", "4", "--blocks", "1"), 2),
     ],
 )
 def test_what_scaling_out_rests_on_writes_rows(command, tmp_path, script, options, rows):
@@ -127,7 +127,12 @@ def test_what_scaling_out_rests_on_writes_rows(command, tmp_path, script, option
     assert result.returncode == 0, result.stderr[-2000:]
     written = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(written) == rows
-    assert all(row.get("images_per_second", 1) > 0 for row in written)
+    for row in written:
+        if script == "reading.py":
+            assert row["images_per_second"] > 0
+        else:
+            assert row["needed_bytes"] == 2 * row["trained_bytes"] + row["buffer_bytes"]
+            assert row["sent_bytes"] is None or row["needed_bytes"] <= row["sent_bytes"]
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_a_corrupt_image_of_a_folder_is_named_by_its_file(tmp_path):
     (tmp_path / "cat" / "00.png").write_bytes(b"not an image")
     for streaming, where in ((False, "the image in row 0 of split 'train' "), (True, "")):
         with pytest.raises(UserError, match=f"{where}.?{tmp_path}/cat/00.png.? can't be decoded: it is in no format"):
-            source = load(tmp_path, test_split=None, streaming=streaming)
+            source = load(tmp_path, test_split=None, streaming=streaming, batch_size=2)
             for split in ("train", "validation"):  # a stream's first image is any of them
                 list(loading.loader(source, split, DataConfig(source=str(tmp_path), workers=0), 2, 0))
 

@@ -86,7 +86,7 @@ def test_fp16_on_a_cpu_is_refused(make_config, monkeypatch):
 )
 def test_threads_are_all_cores_unless_the_user_says_otherwise(make_config, monkeypatch, given, processes, threads):
     """accelerate launch sets OMP_NUM_THREADS to 1 where the user did not."""
-    monkeypatch.setattr(loading.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -164,6 +164,12 @@ def test_the_way_on_names_the_precision(make_config, monkeypatch, precision, opt
         launch.check_same(recorded, accelerator)
 
 
+@pytest.mark.parametrize("minutes", [0.2, 10, 30])
+def test_processes_wait_as_long_for_one_another_as_is_said(minutes):
+    """Accelerate leaves out what is its own default, and gloo then takes another one."""
+    assert launch._waiting(minutes).to_kwargs()["timeout"].total_seconds() == pytest.approx(60 * minutes, abs=1e-3)
+
+
 @pytest.mark.parametrize("option", ["sync_batch_norm", "tf32"])
 def test_what_only_gpus_have_is_refused_on_a_cpu(make_config, monkeypatch, option):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -215,7 +221,7 @@ def test_the_batch_is_described_as_it_is_shared_out(make_config):
     assert (
         launch.describe_batch(config, accelerator, 64, 1000) == "64 images a step on 1 process (cpu); 15 steps an epoch"
     )
-    assert "as many steps an epoch as there are batches" in launch.describe_batch(config, accelerator, 64, None)
+    assert "a stream tells at its end" in launch.describe_batch(config, accelerator, 64, None)
 
 
 @pytest.mark.slow

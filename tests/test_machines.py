@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import ROOT, run_command
 from test_launch import TORCHRUN, TWO_PROCESSES
@@ -37,7 +39,8 @@ class Machine:
         if self.prefix:
             ip("-n", f"machine{self.rank}", "link", "set", self.interface, "down")
         else:
-            os.killpg(self.process.pid, 19)
+            for process in (self.process, *psutil.Process(self.process.pid).children(recursive=True)):
+                os.kill(process.pid, signal.SIGSTOP)
 
     def end(self, patience: float = PATIENCE) -> tuple[int, str]:
         """Exit code and stderr."""
@@ -46,7 +49,8 @@ class Machine:
 
     def kill(self) -> None:
         if self.process and self.process.poll() is None:
-            os.killpg(self.process.pid, 9)
+            for process in (*psutil.Process(self.process.pid).children(recursive=True), self.process):
+                process.kill()
             self.process.wait()
 
 

@@ -226,7 +226,7 @@ def test_two_processes_find_what_one_does(run, command, files, pictures):
     modes = {
         "test": [],
         "images-pictures": ["--images", str(pictures)],
-        "robustness-limit3": ["--robustness", "--limit", "3"],
+        "robustness-limit3": ["--robustness", "--limit", "3", "--data.streaming", "true"],
     }
     for mode in modes.values():
         judge(run, *mode)

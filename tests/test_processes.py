@@ -56,6 +56,7 @@ def each_step_has_the_same_images(alone, together):
 
 def every_row_of_validation_and_test_counts_once(alone, together):
     """83 and 80 rows, of which neither processes nor batches of 16 get equally many."""
+    assert [rows for rows, _ in together["evaluated"][0]] == [rows for rows, _ in alone["evaluated"][0]]
     for key in ("val_loss", "val_top1", "val_top5"):
         figures = [[row[key] for row in run["history"]] for run in (alone, together)]
         assert figures[1] == pytest.approx(figures[0], rel=1e-4), key
@@ -68,5 +69,6 @@ def all_processes_decide_the_same_and_draw_something_else(lively, count):
     rates = [lr for kind, lr, *_ in lively["decisions"][0] if kind == "lr"]
     assert rates[:9] == pytest.approx([1e-6] * 7 + [1e-7] * 2), "the plateau's rate falls once"
     assert [row["phase"] for row in lively["history"]].count("head") == 9, "and the phase ends early"
+    assert all(evaluated == lively["evaluated"][0] for evaluated in lively["evaluated"]), "batch norms' buffers, too"
     assert len(set(lively["drawn"])) == count
     assert lively["frozen"]

@@ -127,6 +127,14 @@ def test_what_may_not_change_is_an_error_with_both_values(made, argv, said):
     assert (made / "config.yaml").read_text() == before
 
 
+def test_what_is_kept_of_a_stream_decides_its_order_and_so_may_not_change(make_config):
+    config = make_config(THREE, data={"streaming": True})
+    with runs.opened(Accelerator(cpu=True), config, None) as run:
+        pass
+    with pytest.raises(UserError, match=r"data.keep_mb was 2048 and can't become 0"):
+        settle(run, 2, "--data.keep_mb", "0")
+
+
 def test_the_same_recipe_given_again_is_no_change(made, make_config, tmp_path, capsys):
     """As in a job script that repeats its whole command with --resume."""
     recipe = tmp_path / "recipe.yaml"

@@ -34,7 +34,7 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(parquet, tmp_pat
     job, requeued = f"test-{os.getpid()}", tmp_path / "requeued"
     env = os.environ | TWO_PROCESSES | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": job, "PORT": "29512",
-        "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_NODELIST": "127.0.0.1", "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "2", "SLURM_GPUS_ON_NODE": "2",
     }  # fmt: skip
     options = ["--config", "recipes/demo_scratch.yaml", "--data.source", str(parquet), "--data.workers", "0"]
     options += ["--data.batch_size", "32", "--phases.train.epochs", "30"]
@@ -68,3 +68,10 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on(parquet, tmp_pat
 
 def epochs(run: Path) -> list[int]:
     return [json.loads(line)["epoch"] for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--run_name=mine", "--resume"])
+def test_what_the_script_says_itself_is_refused(option):
+    env = os.environ | {"SLURM_JOB_ID": "1"}
+    result = subprocess.run(["bash", ROOT / "docs" / "slurm.sh", option], env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and f"leave {option} out" in result.stderr

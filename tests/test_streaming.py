@@ -70,12 +70,20 @@ def test_what_is_too_large_is_read_again_each_epoch_and_the_log_says_so(capsys):
         len(stream.training)
 
 
+@pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("keep_mb", [2048, 0])
-def test_a_resumed_run_has_the_order_of_the_uninterrupted_one(keep_mb):
-    stream = stream_of(keep_mb=keep_mb)
+def test_a_resumed_run_has_the_order_of_the_uninterrupted_one(keep_mb, shards):
+    stream = stream_of(keep_mb=keep_mb, shards=shards)
     orders = [numbers(stream.training, epoch) for epoch in range(3)]
-    assert numbers(stream_of(keep_mb=keep_mb).training, 2) == orders[2]
-    assert numbers(stream_of(keep_mb=keep_mb, seed=1).training, 2) != orders[2]
+    assert numbers(stream_of(keep_mb=keep_mb, shards=shards).training, 2) == orders[2]
+    assert numbers(stream_of(keep_mb=keep_mb, shards=shards, seed=1).training, 2) != orders[2]
+
+
+def test_too_few_rows_are_told_at_their_end():
+    with pytest.raises(UserError, match=r"x: \d\d training rows are fewer rows than data.batch_size 64"):
+        numbers(stream_of(rows=50).training)
+    with pytest.raises(UserError, match=r"x: 0 validation rows \(data.folds, data.fold\) for 1 process"):
+        numbers(stream_of(rows=3, folds=2**30).validation)
 
 
 def test_training_begins_before_the_split_has_arrived():
@@ -121,7 +129,7 @@ def test_workers_decode_what_the_stream_gives_and_change_nothing(tmp_path, worke
     images = [encode(image) for image in noise(90)]
     (tmp_path / "0").mkdir(), (tmp_path / "1").mkdir()
     parquet_of(tmp_path / "0", images[:45]), parquet_of(tmp_path / "1", images[45:])
-    config = DataConfig(source=f"{tmp_path}/*/*.parquet", streaming=True, workers=workers, folds=3)
+    config = DataConfig(source=f"{tmp_path}/*/*.parquet", streaming=True, workers=workers, folds=3, batch_size=8)
     source = data.load(config)
     validation = loading.loader(source, "validation", config, 8, seed=0)
     training = loading.loader(source, "train", config, 8, seed=0)
@@ -136,4 +144,6 @@ def test_workers_decode_what_the_stream_gives_and_change_nothing(tmp_path, worke
 
 def test_the_first_rows_alone(tmp_path):
     config = DataConfig(source=str(parquet_of(tmp_path, noise(30))), streaming=True, workers=0)
-    assert len(list(streaming.First(data.load(config).test, 7))) == 7
+    source = data.load(config)
+    alone = [row["image"] for row in streaming.First(source.test, 7)]
+    assert alone == [row["image"] for row in source.test][:7]

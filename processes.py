@@ -1,0 +1,61 @@
+"""What the processes of a run agree on, and what each of them may use of its machine."""
+
+import contextlib
+import os
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from errors import UserError
+
+
+@contextlib.contextmanager
+def together(accelerator: Accelerator):
+    """Around work that one process does or may fail at: a `UserError` in one of them is raised in all.
+
+    Nothing inside may wait for the other processes.
+    """
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    failed = next((one for one in gather_object([error]) if one), None)
+    if failed:
+        raise UserError(str(failed), failed.exit_code, shared=True) from error
+
+
+def agreed(accelerator: Accelerator, value):
+    """The largest of all processes' values, on every process. Waits for them, so not for each step."""
+    return value if accelerator.num_processes == 1 else max(gather_object([value]))
+
+
+def on_main(work: Callable):
+    """What `work` returns on the main process, for every process; a `UserError` that it raises there is raised in all.
+
+    An Accelerator has to exist, unless the process is alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return work()
+    value = error = None
+    if is_main():
+        try:
+            value = work()
+        except UserError as raised:
+            error = str(raised), raised.exit_code
+    value, error = broadcast_object_list([(value, error)])[0]
+    if error:
+        raise UserError(*error, shared=True)
+    return value
+
+
+def is_main() -> bool:
+    """Whether this is the process that reads streams, writes files and speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def cores_per_process() -> int:
+    """CPU cores that this process may use (its affinity, where the system has one), shared with its siblings."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
