@@ -6,7 +6,8 @@
 
 size    ResNet-50, layer3, layer4 and head training, bf16, batch 64: rate and peak memory by image size
 batch   the same at 32x32 by batch size. Rates of both are relative to 32x32 and batch 64, measured in turns with it
-rows    SimpleCNN over one streamed epoch of embedded images: peak memory by the number of rows, workers included
+rows    SimpleCNN over one streamed epoch of embedded images, none of them kept: peak memory by the number of rows,
+        workers included
 start   from `accelerate launch` to the first training step, in turns with a process that imports the same libraries
         and ends
 
@@ -66,9 +67,8 @@ def training(args, folder: str) -> None:
     """Epochs of a run, each with its rate and the peak memory so far."""
     peak = Peak()
     if args.measure == "rows":
-        config = loops.config_of(
-            "simple_cnn", "embedded", STREAMED_BATCH, folder, data={"embedded_rows": args.rows[0], "streaming": True}
-        )
+        streamed = {"embedded_rows": args.rows[0], "streaming": True, "keep_mb": 0}
+        config = loops.config_of("simple_cnn", "embedded", STREAMED_BATCH, folder, data=streamed)
     else:
         size = args.sizes[0] if args.sizes[0] != SIZE else None
         config = loops.config_of(CASE, args.data, args.batches[0], folder, data={"image_size": size})
