@@ -94,8 +94,8 @@ class DataConfig(_Section):
     )
     streaming: bool | None = Field(
         None,
-        description="read rows as they arrive instead of downloading first and reading memory-mapped "
-        "(default: true for a hub source, false for others)",
+        description="read rows as they arrive, by one process for all, instead of downloading first and reading "
+        "memory-mapped, which feeds fast GPUs better (default: true for a hub source, false for others)",
     )
     image: str | None = Field(None, description="the image column (default: the only one of image type)")
     label: str | None = Field(None, description="the label column (default: the class label with the most classes)")
@@ -133,9 +133,9 @@ class DataConfig(_Section):
     keep_mb: int = Field(
         2048,
         ge=0,
-        description="MB of memory for images that each epoch wants again, if they fit: memory-mapped ones are decoded "
-        "once, before training, and kept by each process; of a stream the main process keeps, still encoded, what the "
-        "first epoch reads, or else each epoch reads it again; 0: never keep",
+        description="MB of memory for images, if all of them fit; 0: never keep. Memory-mapped: decoded once, before "
+        "training, and kept by each process. Streamed: what the first epoch reads is kept by the main process as it "
+        "came, and shuffled fully from then on; what does not fit is read again in each epoch",
     )
     on_corrupt: Literal["error", "skip"] = Field(
         "error",

@@ -386,5 +386,5 @@ def check_batch(data: Data, config: DataConfig) -> None:
     """UserError if the training rows, where they can be counted, do not fill a single batch."""
     if not is_streamed(data) and len(data.train) < config.batch_size:
         raise UserError(
-            f"{config.source}: {len(data.train)} training rows are fewer rows than data.batch_size {config.batch_size}"
+            f"{config.source}: {len(data.train)} training rows are fewer than data.batch_size {config.batch_size}"
         )

@@ -71,7 +71,8 @@ def corrupt(row: Mapping, image: str, split: str, error: CorruptImage) -> UserEr
         where = f"the image in row {row[ROW]} of split '{split}'" + (f" ({path})" if path else "")
     else:
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-        unnamed = f"an image of {len(content)} bytes (BLAKE2b {digest}; --data.streaming false names its row)"
+        which = f"an image of {len(content)} bytes (BLAKE2b {digest}; " if content else "an empty image ("
+        unnamed = f"{which}--data.streaming false names its row)"
         where = path or unnamed
     return UserError(f"{where} can't be decoded: {error}; mend or remove it, or --data.on_corrupt skip")
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +20,13 @@ from processes import agreed
 
 
 @contextlib.contextmanager
-def told(way_on: str, accelerator: Accelerator, micro_batch_size: int):
-    """Turn the libraries' errors for such faults into a `UserError` that says the way on; let all others pass."""
+def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None):
+    """Turn the libraries' errors for such faults into a `UserError` that says the way on; let all others pass.
+
+    Args:
+        run: a folder without which there is no way on. A process that ended with an error of its own may have taken it
+            away, and the others know no more than that it is gone.
+    """
     try:
         yield
     except UserError:
@@ -43,7 +49,8 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int):
                 f"{way_on}"
             ) from error
         if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
-            raise UserError(f"another process of this run is gone ({first_line(error)}); {way_on}") from error
+            ways = way_on if run is None or run.exists() else "what it said itself is the reason"
+            raise UserError(f"another process of this run is gone ({first_line(error)}); {ways}") from error
         raise
 
 

@@ -88,18 +88,39 @@ def _check_launched_as_meant() -> None:
     ranked = any(name in env for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
     if launched and meets and not ranked:
         raise UserError(
-            f"several processes were asked for, but accelerate launch started one. {_several('N')} (If one is meant: "
-            "unset MASTER_ADDR, which says otherwise.)",
+            f"several processes were asked for, but accelerate launch started one. {_several('N')}. (One is meant? "
+            "Leave out --num_processes, or unset MASTER_ADDR, which says otherwise.)",
             USAGE,
         )
 
 
 def _several(processes: int | str) -> str:
     """How that many processes are launched."""
-    return (
-        f"On GPUs: accelerate launch --multi_gpu --num_processes {processes} train.py; on a CPU: "
-        f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {processes} train.py"
-    )
+    on_cpu = f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {processes} train.py"
+    if not torch.cuda.is_available():
+        return f"torch finds no GPU here; on a CPU: {on_cpu} (or torchrun, with the same variable)"
+    return f"On GPUs: accelerate launch --multi_gpu --num_processes {processes} train.py; on a CPU: {on_cpu}"
+
+
+def command(processes: int, precision: str, device_type: str, machines: int = 1) -> str:
+    """What starts train.py on so many processes, in that precision, on that kind of device."""
+    words = ["ACCELERATE_USE_CPU=true"] if device_type == "cpu" and processes > 1 else []
+    words += ["accelerate launch"]
+    if processes > 1:
+        words += [f"--multi_gpu --num_processes {processes}"]
+    if machines > 1:
+        words += [f"--num_machines {machines} --machine_rank RANK --main_process_ip IP --main_process_port PORT"]
+    if precision != "no":
+        words += [f"--mixed_precision {precision}"]
+    return " ".join([*words, "train.py"])
+
+
+def way_on(accelerator: Accelerator, run: object) -> str:
+    """How this run is gone on with, as it was launched."""
+    processes = accelerator.num_processes
+    machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    started = command(processes, accelerator.mixed_precision, accelerator.device.type, machines)
+    return f"go on with: {started} --resume {run}"
 
 
 @contextlib.contextmanager
@@ -127,11 +148,6 @@ def precision_of_training(config: Config) -> str | None:
     recorded = config.environment.mixed_precision if config.environment else "no"
     can_be_had = {"fp16": torch.cuda.is_available(), "bf16": is_bf16_available()}.get(recorded, True)
     return recorded if can_be_had and "ACCELERATE_MIXED_PRECISION" not in os.environ else None
-
-
-def precision_option(accelerator: Accelerator) -> str:
-    """What `accelerate launch` has to be told besides for the same precision, with a space behind it."""
-    return "" if accelerator.mixed_precision == "no" else f"--mixed_precision {accelerator.mixed_precision} "
 
 
 def hint_at_bf16(accelerator: Accelerator) -> None:
@@ -198,8 +214,10 @@ def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[s
     for name in ("processes", "mixed_precision", "device_type"):
         before, after = getattr(recorded, name), getattr(now, name)
         if before != after:
-            way_on = f"; accelerate launch --mixed_precision {before} ..." if name == "mixed_precision" else ""
-            raise UserError(f"--resume: the run was started with {name} {before}, not {after}{way_on}", USAGE)
+            started = command(recorded.processes, recorded.mixed_precision, recorded.device_type)
+            raise UserError(
+                f"--resume: the run was started with {name} {before}, not {after}: {started} --resume ...", USAGE
+            )
     before, after = recorded.versions | {"device": recorded.device}, now.versions | {"device": now.device}
     return [
         f"{name} is {after[name]}, not {before[name]}: the rest of the run may differ in the last digits"
@@ -251,16 +269,22 @@ def share_of_batch(config: Config, accelerator: Accelerator) -> tuple[int, int]:
     """
     total, processes = config.data.batch_size, accelerator.num_processes
     micro = None if config.data.micro_batch_size == "auto" else config.data.micro_batch_size
-    unit = processes * (micro or 1)
     if micro and micro * processes > total:
         raise UserError(
             f"data.micro_batch_size: {micro} on {processes} process(es) is more than data.batch_size {total}", USAGE
         )
-    if total % unit:
-        below, above = total // unit * unit, (total // unit + 1) * unit
-        nearest = f"{below} or {above}" if below else f"{above}"
-        pieces = f" x {micro} images (data.micro_batch_size)" if micro else ""
+    share = total // processes
+    if total % processes:
+        nearest = f"{share * processes} or {(share + 1) * processes}" if share else processes
         raise UserError(
-            f"data.batch_size: {total} is no multiple of {processes} process(es){pieces}; nearest: {nearest}", USAGE
+            f"data.batch_size: {total} images can't be shared out to {processes} processes; nearest: {nearest}", USAGE
         )
-    return total // processes, micro or total // processes
+    if micro and share % micro:
+        divisors = [part for part in range(1, share + 1) if share % part == 0]
+        below, above = max(part for part in divisors if part < micro), min(part for part in divisors if part > micro)
+        raise UserError(
+            f"data.micro_batch_size: {micro} does not divide the {share} images of each process; nearest: {below} or "
+            f"{above}",
+            USAGE,
+        )
+    return share, micro or share

@@ -130,8 +130,9 @@ def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: i
         section, _, rest = field.partition(".")
         ordering = field == "data.keep_mb" and config.data.streaming  # what is kept is shuffled fully
         if (ordering or not field.startswith(FREE)) and (section != "phases" or rest.split(".")[0] in names):
+            why = " (of a stream it decides the order)" if ordering else ""
             raise UserError(
-                f"--resume: {field} was {json.dumps(was)} and can't become {json.dumps(now)} in mid-run; leave it "
+                f"--resume: {field} was {json.dumps(was)} and can't become {json.dumps(now)} in mid-run{why}; leave it "
                 "out, or start a new run",
                 USAGE,
             )

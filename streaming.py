@@ -134,7 +134,8 @@ class TrainingStream:
                 self.kept[held_out].append(row)
                 if size > limit:
                     self.too_large, self.kept = True, {}
-                    tqdm.write(f"stream: larger than data.keep_mb {self.keep_mb}, so each epoch reads it again")
+                    larger = f"larger than data.keep_mb {self.keep_mb}" if self.keep_mb else "not kept (data.keep_mb 0)"
+                    tqdm.write(f"stream: {larger}, so each epoch reads it again")
             if not held_out:
                 yield row
         if not self.too_large:
@@ -142,7 +143,7 @@ class TrainingStream:
             training, validation = (f"{len(self.kept[part]):,}" for part in (False, True))
             tqdm.write(
                 f"stream: {training} training and {validation} validation rows ({size / 2**20:.0f} MB) have been read, "
-                "and are kept in memory"
+                "and are kept in memory as they came: later epochs read no more"
             )
 
     def _check(self, rows: int, validation: bool) -> None:
@@ -152,7 +153,7 @@ class TrainingStream:
             )
         if not validation and rows < self.batch_size:
             raise UserError(
-                f"{self.in_order.source}: {rows} training rows are fewer rows than data.batch_size {self.batch_size}"
+                f"{self.in_order.source}: {rows} training rows are fewer than data.batch_size {self.batch_size}"
             )
 
     def _is_held_out(self, row: dict) -> bool:

@@ -64,7 +64,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             sharing.check(config.push_to_hub)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
-        way_on = f"go on with: accelerate launch {launch.precision_option(accelerator)}train.py --resume {run}"
+        way_on = launch.way_on(accelerator, run)
         saved = checkpoint.newest(accelerator, run)
         state = saved.state if saved else RunState()
         if resume:
@@ -94,6 +94,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         if config.data.micro_batch_size == "auto":
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, train_transform, size, share)
             config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
+            accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
         accelerator.gradient_accumulation_steps = share // micro_batch_size
         if config.sync_batch_norm:  # not before the trial steps, in which processes must not wait for one another
             model = models.synchronised(model)
@@ -108,14 +109,16 @@ def train(config: Config, resume: Path | None = None) -> Path:
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))
-        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size))
+        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, run))
         stack.enter_context(launch.ended(accelerator))
 
         hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
         source = loading.keep_decoded(source, config.data, interrupt.watch, hidden)
         kept = isinstance(source.train, loading.Pixels)
-        accelerator.print(f"images: {'decoded once and kept in memory' if kept else 'decoded in each epoch'}")
-        rows = None if data.is_streamed(source) else len(source.train)
+        streamed = data.is_streamed(source)
+        how = "decoded once and kept in memory" if kept else f"{'streamed, ' * streamed}decoded in each epoch"
+        rows = None if streamed else len(source.train)
+        accelerator.print(f"images: {how}")
         accelerator.print(f"batch: {launch.describe_batch(config, accelerator, micro_batch_size, rows)}")
         train_rows = loading.loader(source, "train", config.data, share, config.seed)
         validation_rows = loading.loader(source, "validation", config.data, share, config.seed)

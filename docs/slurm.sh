@@ -15,6 +15,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+    echo "slurm.sh: submit it, so that the job has a number: sbatch docs/slurm.sh [options of train.py]" >&2
+    exit 2
+fi
 folder=${OUTPUT_DIR:-runs} # which all machines share
 run=$folder/slurm-$SLURM_JOB_ID
 for option in "$@"; do

@@ -173,7 +173,7 @@ CASES = [
     option("--data.batch_size 0", "data.batch_size: should be greater than or equal to 1, not 0"),
     option("--data.batch_size [8]", "data.batch_size: should be a valid integer, not [8]"),
     option("--data.micro_batch_size 16", "data.micro_batch_size: 16", "more than data.batch_size 8"),
-    option("--data.micro_batch_size 3", "data.batch_size: 8", "nearest: 6 or 9"),
+    option("--data.micro_batch_size 3", "3 does not divide the 8 images", "nearest: 2 or 4"),
     option("--data.folds 1", "data.folds: should be greater than or equal to 2, not 1"),
     option("--data.fold 5", "fold is 5, but with 5 folds it goes from 0 to 4"),
     option("--data.image_size 4", "data.image_size: should be greater than or equal to 8, not 4"),

@@ -196,7 +196,7 @@ def test_a_corrupt_image_of_a_folder_is_named_by_its_file(tmp_path):
 
 def test_rows_that_fill_no_batch_are_told_before_training(parquet):
     config = DataConfig(source=str(parquet), batch_size=4096)
-    with pytest.raises(UserError, match=r"3\d\d training rows are fewer rows than data.batch_size 4096"):
+    with pytest.raises(UserError, match=r"3\d\d training rows are fewer than data.batch_size 4096"):
         data.check_batch(data.load(config), config)
 
 

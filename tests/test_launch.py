@@ -111,7 +111,7 @@ def test_the_batch_is_shared_out(make_config, values, share):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 50, "micro_batch_size": 16}, "nearest: 48 or 64"),
+        ({"batch_size": 50, "micro_batch_size": 16}, "16 does not divide the 50 images of each .*: 10 or 25"),
         ({"batch_size": 8, "micro_batch_size": 16}, "16 on 1 process.* is more than data.batch_size 8"),
     ],
 )
@@ -158,10 +158,23 @@ def test_a_gpus_peak_memory_is_told(monkeypatch):
 def test_the_way_on_names_the_precision(make_config, monkeypatch, precision, option):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     accelerator = launch.make_accelerator(make_config())
-    assert launch.precision_option(accelerator) == option
+    assert launch.way_on(accelerator, "runs/x") == f"go on with: accelerate launch {option}train.py --resume runs/x"
     recorded = dataclasses.replace(launch.environment(accelerator), mixed_precision="fp16")
-    with pytest.raises(UserError, match=rf"mixed_precision fp16, not {precision}; .*--mixed_precision fp16"):
+    with pytest.raises(UserError, match=rf"mixed_precision fp16, not {precision}: .*--mixed_precision fp16"):
         launch.check_same(recorded, accelerator)
+
+
+def test_the_way_on_names_processes_and_machines(make_config, monkeypatch):
+    accelerator = SimpleNamespace(num_processes=4, mixed_precision="bf16", device=torch.device("cpu"))
+    on_four = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 4 "
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert launch.way_on(accelerator, "x") == f"go on with: {on_four}--mixed_precision bf16 train.py --resume x"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert f"{on_four}--num_machines 2 --machine_rank RANK --main_process_ip IP" in launch.way_on(accelerator, "x")
+    alone = launch.make_accelerator(make_config())
+    recorded = dataclasses.replace(launch.environment(alone), processes=4)
+    with pytest.raises(UserError, match=rf"started with processes 4, not 1: {on_four}train.py --resume"):
+        launch.check_same(recorded, alone)
 
 
 @pytest.mark.parametrize("minutes", [0.2, 10, 30])

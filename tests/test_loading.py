@@ -32,7 +32,10 @@ def corrupted(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("streaming", "where"),
-    [(False, "the image in row (7|11) of split 'train'"), (True, "an image of (100|0) bytes .* names its row.")],
+    [
+        (False, "the image in row (7|11) of split 'train'"),
+        (True, "an (image of 100 bytes|empty image) .*names its row."),
+    ],
 )
 def test_a_corrupt_image_is_told_through_a_worker_too(corrupted, streaming, where):
     config = DataConfig(source=str(corrupted), workers=1, batch_size=2, streaming=streaming)

@@ -70,6 +70,12 @@ def epochs(run: Path) -> list[int]:
     return [json.loads(line)["epoch"] for line in (run / "history.jsonl").read_text().splitlines()]
 
 
+def test_the_script_is_submitted():
+    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    result = subprocess.run(["bash", ROOT / "docs" / "slurm.sh"], env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and "sbatch docs/slurm.sh" in result.stderr
+
+
 @pytest.mark.parametrize("option", ["--output_dir", "--run_name=mine", "--resume"])
 def test_what_the_script_says_itself_is_refused(option):
     env = os.environ | {"SLURM_JOB_ID": "1"}

@@ -64,7 +64,7 @@ def test_what_is_too_large_is_read_again_each_epoch_and_the_log_says_so(capsys):
     for epoch in range(2):
         numbers(stream.training, epoch)
     assert len(READ) == 4000
-    assert capsys.readouterr().out.count("larger than data.keep_mb 0, so each epoch reads it again") == 1
+    assert capsys.readouterr().out.count("not kept (data.keep_mb 0), so each epoch reads it again") == 1
     assert not stream.kept
     with pytest.raises(TypeError):
         len(stream.training)
@@ -80,7 +80,7 @@ def test_a_resumed_run_has_the_order_of_the_uninterrupted_one(keep_mb, shards):
 
 
 def test_too_few_rows_are_told_at_their_end():
-    with pytest.raises(UserError, match=r"x: \d\d training rows are fewer rows than data.batch_size 64"):
+    with pytest.raises(UserError, match=r"x: \d\d training rows are fewer than data.batch_size 64"):
         numbers(stream_of(rows=50).training)
     with pytest.raises(UserError, match=r"x: 0 validation rows \(data.folds, data.fold\) for 1 process"):
         numbers(stream_of(rows=3, folds=2**30).validation)

@@ -205,7 +205,7 @@ def test_a_misspelt_module_is_told_before_anything_is_trained(make_config, tmp_p
 
 def test_fewer_rows_than_a_batch(make_config, monkeypatch):
     monkeypatch.setattr(train.models, "create", lambda *_: pytest.fail("told too late: a model is being made"))
-    refused(make_config(data={"batch_size": 4096}), "fewer rows than data.batch_size 4096")
+    refused(make_config(data={"batch_size": 4096}), "rows are fewer than data.batch_size 4096")
 
 
 def test_a_diverging_loss_is_told_with_phase_and_step(make_config):
