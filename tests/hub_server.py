@@ -17,7 +17,6 @@ import secrets
 import socket
 import struct
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,7 +54,6 @@ class HubServer:
         self.commits: list[list[str]] = []  # the paths in each
         self.faults, self.served = iter(faults), []
         self.requests: list[tuple[str, str]] = []
-        self.last_sent = 0.0  # when a file was asked for
         self.sent: Counter[str] = Counter()  # bytes of each file's content, by its name
         self.limit = {"Retry-After": "1"}  # headers that come with a 429
         self.gone = False
@@ -270,7 +268,6 @@ def _handler_for(hub: HubServer):
                 content, status = content[first : last + 1], 206
             if self.command == "GET":
                 hub.sent[name] += len(content)
-                hub.last_sent = time.time()
             self._send(status, content, headers)
 
         def _json(self, value, status=200):

@@ -86,7 +86,7 @@ def test_fp16_on_a_cpu_is_refused(make_config, monkeypatch):
 )
 def test_threads_are_all_cores_unless_the_user_says_otherwise(make_config, monkeypatch, given, processes, threads):
     """accelerate launch sets OMP_NUM_THREADS to 1 where the user did not."""
-    monkeypatch.setattr(processes.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("processes.os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -21,7 +21,8 @@ def recorded(parquet, folder, count: int) -> dict:
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in CASES}
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_the_same_run(parquet, tmp_path, count):
     """One test, since its runs take long: each check below is one of its claims."""
     alone, together = (recorded(parquet, tmp_path, processes) for processes in (1, count))
