@@ -13,10 +13,7 @@ norms' statistics go from the main process to the others before each forward pas
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -95,22 +92,6 @@ def measure(args) -> None:
     accelerator.end_training()
 
 
-def run(args, processes: int) -> list[dict]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    options = ["--batch_size", args.batch_size, "--blocks", args.blocks, "--measure"]
-    result = subprocess.run(
-        [*launcher, sys.argv[0], *map(str, options)],
-        env=os.environ | turns.device_env(),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if result.returncode:
-        sys.exit(f"{processes} processes ended with exit code {result.returncode}")
-    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"phase"')]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=turns.positive, nargs="+", default=[1, 2, 4], help="[1 2 4]")
@@ -126,9 +107,9 @@ def main() -> None:
     said, rows = turns.conditions(), []
     turns.tell(said)
     for processes in args.processes:
-        for row in run(args, processes):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        for line in turns.launched(processes, "--batch_size", args.batch_size, "--blocks", args.blocks):
+            rows.append(json.loads(line))
+            print(line, flush=True)
             turns.save(args.output, said, rows)
 
 

@@ -15,10 +15,7 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -84,16 +81,8 @@ def measure(args) -> None:
 
 
 def run(args, source: Path, processes: int, workers: int) -> dict[str, list[float]]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     options = ["--data", source, "--rows", args.rows, "--batch_size", args.batch_size, "--rounds", args.rounds]
-    options += ["--workers", workers, "--measure"]
-    command = [*launcher, sys.argv[0], *map(str, options)]
-    result = subprocess.run(command, env=os.environ | turns.device_env(), stdout=subprocess.PIPE, text=True)
-    if result.returncode:
-        sys.exit(f"{processes} processes ended with exit code {result.returncode}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(turns.launched(processes, *options, "--workers", workers)[-1])
 
 
 def main() -> None:

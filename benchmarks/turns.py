@@ -204,9 +204,18 @@ def device_name() -> str:
     return f"{processes.cores_per_process()} CPU cores"
 
 
-def device_env() -> dict[str, str]:
-    """For several processes: without a GPU each would believe to be alone if it were not said."""
-    return {"ACCELERATE_USE_CPU": str("CPU" in device_name()).lower()}
+def launched(processes: int, *arguments) -> list[str]:
+    """The lines that the running script says if it is started again on so many processes, with `--measure`."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [sys.argv[0], *map(str, arguments), "--measure"]
+    # Without a GPU each would believe to be alone if it were not said.
+    env = os.environ | {"ACCELERATE_USE_CPU": str("CPU" in device_name()).lower()}
+    result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
+    if result.returncode:
+        sys.exit(f"{processes} processes ended with exit code {result.returncode}")
+    return result.stdout.splitlines()
 
 
 def conditions() -> dict:
