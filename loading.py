@@ -92,10 +92,11 @@ def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches
     return dataclasses.replace(source, **kept)
 
 
-def loader(source: Data, split: str, config: DataConfig, batch_size: int, seed: int) -> DataLoader:
+def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> DataLoader:
     """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate.
 
-    Training rows are shuffled, anew each epoch, and an incomplete last batch is dropped.
+    Training rows are shuffled, anew each epoch (by the stream, or the sampler that Accelerate seeds), and an incomplete
+    last batch is dropped.
 
     Args:
         batch_size: images per batch of one process.

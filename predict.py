@@ -191,8 +191,8 @@ def predict(args: argparse.Namespace, config: Config) -> None:
         folder.mkdir(exist_ok=True)
         if args.output and not args.output.absolute().parent.is_dir():
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
-    way_on = faults.told("then run predict.py again", accelerator, launch.share_of_batch(config, accelerator)[1])
-    with launch.ended(accelerator), way_on:
+    micro_batch_size = launch.share_of_batch(config, accelerator)[1]
+    with faults.told("then run predict.py again", accelerator, micro_batch_size), launch.ended(accelerator):
         model = Classifier(accelerator, config, args.run, args.tta)
         if args.images:
             images(args, accelerator, model, paths, folder)
@@ -263,7 +263,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
     if args.limit:
         rows = streaming.First(rows, args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
         source = dataclasses.replace(source, **{part: rows})
-    loader = loading.loader(source, part, config, model.batch_size, seed=0)
+    loader = loading.loader(source, part, config, model.batch_size)
     return source, loader, None if config.streams else list(rows[decoding.ROW])
 
 

@@ -120,8 +120,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         rows = None if streamed else len(source.train)
         accelerator.print(f"images: {how}")
         accelerator.print(f"batch: {launch.describe_batch(config, accelerator, micro_batch_size, rows)}")
-        train_rows = loading.loader(source, "train", config.data, share, config.seed)
-        validation_rows = loading.loader(source, "validation", config.data, share, config.seed)
+        train_rows = loading.loader(source, "train", config.data, share)
+        validation_rows = loading.loader(source, "validation", config.data, share)
 
         for index, (name, phase) in enumerate(config.phases.items()):
             if index < state.phase:
@@ -219,7 +219,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         tested = dict.fromkeys(("loss", "top1", "top5"))
         if source.test is not None:
             model = accelerator.prepare_model(model, evaluation_mode=True)
-            test_loader = accelerator.prepare(loading.loader(source, "test", config.data, share, config.seed))
+            test_loader = accelerator.prepare(loading.loader(source, "test", config.data, share))
             tested = validate(accelerator, model, interrupt.watch(test_loader), transform, micro_batch_size)
         summary = {"model": config.model.name, "best_epoch": state.best_epoch, "best_val_top1": state.best_top1}
         summary |= {f"test_{key}": value for key, value in tested.items()}

@@ -66,7 +66,7 @@ def measure(args) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # what a stream says of itself
             began = time.perf_counter()
             opened = data.load(config)
-            loader = loading.loader(opened, "train", config, args.batch_size // accelerator.num_processes, seed=0)
+            loader = loading.loader(opened, "train", config, args.batch_size // accelerator.num_processes)
             loader = accelerator.prepare(loader)
             for epoch in range(1 if name in ("first", "mapped") else 2):
                 accelerator.wait_for_everyone()

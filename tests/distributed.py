@@ -73,8 +73,8 @@ def corrupt_images(accelerator: Accelerator, corrupted: str) -> None:
     model, optimizer, train_rows, test_rows = accelerator.prepare(
         model,
         make_optimizer(SGD, model),
-        loading.loader(source, "train", config, 2, 0),
-        loading.loader(source, "test", config, 4, 0),
+        loading.loader(source, "train", config, 2),
+        loading.loader(source, "test", config, 4),
     )
     metrics, transform = Classification(), lambda images: images.float() / 255
     steps = sum(1 for _ in train_epoch(accelerator, model, train_rows, transform, optimizer, metrics, 2))
@@ -88,7 +88,7 @@ def a_resumed_epoch_goes_on_behind_its_first_steps(accelerator: Accelerator, par
     for streamed in (True, False):
         launch.dispatch(accelerator, streamed)
         config = DataConfig(source=parquet, streaming=streamed, workers=0, shuffle_buffer=50)
-        loader = accelerator.prepare(loading.loader(data.load(config), "train", config, 16, seed=0))
+        loader = accelerator.prepare(loading.loader(data.load(config), "train", config, 16))
 
         def images(epoch, steps, loader=loader):
             loader.set_epoch(epoch)
@@ -134,7 +134,7 @@ def main(parquet: str, corrupted: str) -> None:
         source = data.load(config)
         model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
-        rows = accelerator.prepare(loading.loader(source, "validation", config, 7, seed=0))
+        rows = accelerator.prepare(loading.loader(source, "validation", config, 7))
         result[f"validate_{'streamed' if streamed else 'mapped'}"] = validate(
             accelerator, prepared, rows, lambda images: images.float() / 255, 3
         )
@@ -154,9 +154,7 @@ def main(parquet: str, corrupted: str) -> None:
         before = digest(model, frozen)
         models.freeze_all_but(model, modules)
         optimizer = make_optimizer(PhaseConfig(modules=modules, epochs=1, lr=0.05, optimizer="sgd"), model)
-        prepared, optimizer, rows = accelerator.prepare(
-            model, optimizer, loading.loader(source, "train", config, 16, seed=0)
-        )
+        prepared, optimizer, rows = accelerator.prepare(model, optimizer, loading.loader(source, "train", config, 16))
         metrics = Classification()
 
         def to_four_classes(loader):

@@ -47,7 +47,7 @@ def test_a_folder_of_images_one_subfolder_a_class(tmp_path, streaming):
     config = DataConfig(source=str(tmp_path), streaming=streaming, workers=0)
     source = data.load(config)
     assert source.class_names == ["cat", "dog"]
-    batch = next(iter(loading.loader(source, "test", config, 24, seed=0)))
+    batch = next(iter(loading.loader(source, "test", config, 24)))
     assert batch["image"].shape == (24, 3, 16, 16)
     assert batch["label"].sum() == 12
 
@@ -191,7 +191,7 @@ def test_a_corrupt_image_of_a_folder_is_named_by_its_file(tmp_path):
         with pytest.raises(UserError, match=f"{where}.?{tmp_path}/cat/00.png.? can't be decoded: it is in no format"):
             source = load(tmp_path, test_split=None, streaming=streaming, batch_size=2)
             for split in ("train", "validation"):  # a stream's first image is any of them
-                list(loading.loader(source, split, DataConfig(source=str(tmp_path), workers=0), 2, 0))
+                list(loading.loader(source, split, DataConfig(source=str(tmp_path), workers=0), 2))
 
 
 def test_rows_that_fill_no_batch_are_told_before_training(parquet):

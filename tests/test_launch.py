@@ -44,7 +44,7 @@ def test_two_processes_measure_and_train_as_one(command, parquet, tmp_path):
     for kind in ("mapped", "streamed"):
         set_seed(0)
         model, _ = models.create(ModelConfig(name="test_resnet"), source.class_names, source.size)
-        rows = loading.loader(source, "validation", config, 7, seed=0)
+        rows = loading.loader(source, "validation", config, 7)
         alone = validate(accelerator, model, rows, lambda images: images.float() / 255, 7)
         assert measured[f"validate_{kind}"] == pytest.approx(alone, rel=1e-5), kind
     assert measured["head"] == measured["layer3"] == len(source.train) // 32 * 32

@@ -15,7 +15,7 @@ from metrics import IGNORED
 def test_every_validation_row_comes_exactly_once(parquet, streaming, workers):
     config = DataConfig(source=str(parquet), streaming=streaming, workers=workers)
     source = data.load(config)
-    batches = list(loading.loader(source, "validation", config, 32, seed=0))
+    batches = list(loading.loader(source, "validation", config, 32))
     labels = sorted(torch.cat([batch["label"] for batch in batches]).tolist())
     assert labels == sorted(row["fine_label"] for row in source.validation)
 
@@ -42,7 +42,7 @@ def test_a_corrupt_image_is_told_through_a_worker_too(corrupted, streaming, wher
     source = data.load(config)
     with pytest.raises(UserError, match=f"{where} can't be decoded: .*; mend or remove it, or --data.on_corrupt skip"):
         for split in ("train", "validation"):
-            list(loading.loader(source, split, config, 2, seed=0))
+            list(loading.loader(source, split, config, 2))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -52,9 +52,9 @@ def test_corrupt_images_are_skipped_where_that_is_wanted(corrupted, streaming, w
         source=str(corrupted), batch_size=2, on_corrupt="skip", streaming=streaming, workers=workers, folds=2
     )
     source = data.load(config)
-    batches = [
-        batch for split in ("train", "validation") for batch in loading.loader(source, split, config, 3, seed=0)
-    ] + list(loading.loader(source, "test", config, 30, seed=0))
+    batches = [batch for split in ("train", "validation") for batch in loading.loader(source, split, config, 3)] + list(
+        loading.loader(source, "test", config, 30)
+    )
     assert all(batch["image"].shape[0] == len(batch["label"]) for batch in batches)
     (test,) = batches[-1:]
     assert [i for i, label in enumerate(test["label"]) if label == IGNORED] == [7, 11]
@@ -70,14 +70,14 @@ def test_training_rows_are_shuffled_and_the_incomplete_batch_is_dropped(parquet,
     config = DataConfig(source=str(parquet), streaming=streaming, workers=0)
     source = data.load(config)
     rows = [row["fine_label"] for row in source.train]
-    loader = loading.loader(source, "train", config, 32, seed=0)
+    loader = loading.loader(source, "train", config, 32)
     seen = torch.cat([batch["label"] for batch in loader]).tolist()
     assert len(seen) == len(rows) // 32 * 32
     assert seen != rows[: len(seen)]
 
 
 def batches(source, split="train", **values):
-    return list(loading.loader(source, split, DataConfig(source="x", workers=0, **values), 8, 0))
+    return list(loading.loader(source, split, DataConfig(source="x", workers=0, **values), 8))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

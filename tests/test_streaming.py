@@ -131,8 +131,8 @@ def test_workers_decode_what_the_stream_gives_and_change_nothing(tmp_path, worke
     parquet_of(tmp_path / "0", images[:45]), parquet_of(tmp_path / "1", images[45:])
     config = DataConfig(source=f"{tmp_path}/*/*.parquet", streaming=True, workers=workers, folds=3, batch_size=8)
     source = data.load(config)
-    validation = loading.loader(source, "validation", config, 8, seed=0)
-    training = loading.loader(source, "train", config, 8, seed=0)
+    validation = loading.loader(source, "validation", config, 8)
+    training = loading.loader(source, "train", config, 8)
     batches = [list(training) for _ in range(2)]
     rows = len(source.train)
     assert [len(epoch) for epoch in batches] == [rows // 8] * 2
