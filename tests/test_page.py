@@ -2,6 +2,7 @@
 
 import base64
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -64,7 +65,13 @@ def path(runs, tmp_path_factory):
 
 def troubles(browser) -> list[str]:
     """What is wrong with the page that is open: console errors, pictures that do not show or say nothing, overflow."""
-    found = [entry["message"] for entry in browser.get_log("browser")]
+    # The log comes by a way of its own, later than the page where the machine is busy: up to a word that is said last.
+    browser.execute_script("console.log('all is said')")
+    found, deadline = [], time.monotonic() + 20
+    while not any("all is said" in message for message in found):
+        assert time.monotonic() < deadline, found
+        found += [entry["message"] for entry in browser.get_log("browser")]
+    found = [message for message in found if "all is said" not in message]
     for picture in browser.find_elements(By.TAG_NAME, "img"):
         complete = "return arguments[0].complete && arguments[0].naturalWidth > 0"
         if not browser.execute_script(complete, picture):
