@@ -1,4 +1,6 @@
 # make demo   the whole thing on embedded data, in three minutes and without a network; ends with a page to open
+# make results   train the runs behind docs/results.md that are missing, and rebuild its tables
+#                (DATA=folder of CIFAR-100's parquet, if not the hub's; WEIGHTS=Tiny ImageNet's for ResNet-50)
 # make test   the tests
 # make lint   ruff
 # A virtual environment (.venv) is made and filled when it is missing or when the requirements have changed.
@@ -10,7 +12,10 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO_RUNS = runs/demo-pretrain-$(NOW) runs/demo-finetune-$(NOW) runs/demo-scratch-$(NOW)
 LAUNCH = $(BIN)/accelerate launch --config_file accelerate_config.yaml train.py
 
-.PHONY: demo test lint install
+DATA ?=
+WEIGHTS ?=
+
+.PHONY: demo results test lint install
 install: $(VENV)/installed
 
 $(VENV)/bin/python:
@@ -34,6 +39,10 @@ demo: $(VENV)/installed
 	@$(BIN)/python report.py $(DEMO_RUNS)
 	@echo; echo "The runs lie in runs/demo-*-$(NOW): best/ has the weights, history.jsonl the epochs, summary.json the figures."
 	@$(BIN)/python report.py $(DEMO_RUNS) --output runs/demo-finetune-$(NOW)/report.html
+
+results: $(VENV)/installed
+	$(BIN)/python benchmarks/results.py
+	$(BIN)/python benchmarks/results.py --run $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 test: $(VENV)/installed-for-tests
 	$(BIN)/python -m pytest

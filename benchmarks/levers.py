@@ -4,8 +4,8 @@
     python benchmarks/levers.py --cases resnet50:head --levers folding
 
 A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16:
-1.50 means that it makes an epoch's training half as fast again. What train.py has is taken out for this, by patches of
-this script, and what it has not is put in ("not used"). Whole epochs, taking turns; the median of the rounds' ratios.
+1.50 means that it makes an epoch's training half as fast again. What train.py has is taken out for this, by patches
+(patches.py), and what it has not is put in ("not used"). Whole epochs, taking turns; the median of the rounds' ratios.
 """
 
 import argparse
@@ -14,128 +14,9 @@ from pathlib import Path
 
 import loops
 import turns
+from patches import PATCHES
 
 from errors import told
-
-# ---- patches: train.py as it is, but for one thing ------------------------------------------------------------------
-
-
-def patch(module, name: str, make) -> None:
-    """Put what `make` makes of it in the place of a module's attribute, which has to be there."""
-    setattr(module, name, make(getattr(module, name)))
-
-
-def unfolded():
-    import folding
-
-    patch(folding, "fold", lambda _: lambda *_: 0)
-
-
-def all_in_training_mode():
-    """Batch norms of frozen layers look at the batch, as under a bare model.train()."""
-    import engine
-
-    patch(engine, "train_mode", lambda _: lambda model: model.train())
-
-
-def contiguous():
-    """Images as weights."""
-    import torch
-
-    patch(torch, "channels_last", lambda _: torch.contiguous_format)
-
-
-def weights_channels_last():
-    """Weights as images."""
-    import torch
-
-    import launch
-
-    patch(launch, "in_its_layout", lambda _: lambda model, _: model.to(memory_format=torch.channels_last))
-
-
-def unfused():
-    import phases
-
-    def make(real):
-        class Unfused(real):
-            found_inf = property(lambda self: None, lambda self, value: None)  # only fused ones may be told
-
-            def __init__(self, parameters, fused, **options):
-                super().__init__(parameters, **options)
-
-        return Unfused
-
-    for name in ("Adam", "AdamW", "SGD"):
-        patch(phases, name, make)
-
-
-def unaugmented():
-    import augment
-
-    patch(augment, "ReportAugment", lambda _: augment.Normalize)
-
-
-def read_in_each_step():
-    """Loss and accuracy as Python numbers after each step."""
-    from metrics import Classification
-
-    def reading(add):
-        def read_and_add(self, losses, classes, labels):
-            losses.mean().item(), (classes[:, 0] == labels).sum().item()
-            add(self, losses, classes, labels)
-
-        return read_and_add
-
-    patch(Classification, "add", reading)
-
-
-def one_thread():
-    """What accelerate launch sets a CPU training to."""
-    import launch
-
-    patch(launch, "cores_per_process", lambda _: lambda: 1)
-
-
-def glibc_as_it_is():
-    import launch
-
-    patch(launch, "_keep_memory", lambda _: lambda: None)
-
-
-def no_grad_trunk():
-    """ResNet's frozen beginning under an explicit no_grad."""
-    import torch
-    from timm.models.resnet import ResNet
-
-    def forward_features(self, images):
-        stages = (self.conv1, self.bn1, self.act1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
-        for stage in stages:
-            frozen = not any(parameter.requires_grad for parameter in stage.parameters())
-            with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
-                images = stage(images)
-        return images
-
-    patch(ResNet, "forward_features", lambda _: forward_features)
-
-
-def compiled():
-    import folding
-
-    def compiling(fold):
-        def fold_and_compile(model, *rest):
-            count = fold(model, *rest)
-            model.compile()
-            return count
-
-        return fold_and_compile
-
-    patch(folding, "fold", compiling)
-
-
-def nothing():
-    """Patches nothing: the process is told otherwise what to do."""
-
 
 FROZEN = ("resnet50:head", "resnet50:finetune")
 ALL = ("deep_cnn", *FROZEN)
@@ -155,17 +36,18 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "compile": (["compiled"], [], ALL),
 }
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
-fp32 = decoding = nothing  # by the launcher's precision, and by an option
+OTHERWISE = ("fp32", "decoding")  # no patches: by the launcher's precision, and by an option
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 def child(args) -> None:
-    patches = args.measure.split(",")
-    for name in filter(None, patches):
-        globals()[name]()
-    keep = {"keep_mb": 0} if "decoding" in patches else {}
+    names = args.measure.split(",")
+    for name in names:
+        if name and name not in OTHERWISE:
+            PATCHES[name]()
+    keep = {"keep_mb": 0} if "decoding" in names else {}
     with tempfile.TemporaryDirectory() as folder:
         config = loops.config_of(args.cases[0], args.data, args.batch_size, folder, data=keep)
         turns.answer(lambda: loops.ours(config))

@@ -138,7 +138,7 @@ def test_what_scaling_out_rests_on_writes_rows(command, tmp_path, script, option
 @pytest.mark.slow
 def test_levers_writes_rows(command, tmp_path):
     result = command(
-        "benchmarks/levers.py", "--cases", "deep_cnn", "--levers", "images decoded once", "--batch_size", "16",
+        "benchmarks/levers.py", "--cases", "deep_cnn", "--levers", "decoded_once", "--batch_size", "16",
         "--rounds", "1", "--seconds", "0.1", "--output", str(tmp_path / "out"), timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
