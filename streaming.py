@@ -62,11 +62,14 @@ class Stream(Sampler):
             files = any(row[self.image] and row[self.image]["bytes"] is None for row in chunk)
             return list((fetcher.map if files else map)(with_bytes, chunk))
 
-        chunks = deque(reader.submit(read) for _ in range(AHEAD))
+        chunks, given = deque(reader.submit(read) for _ in range(AHEAD)), 0
         try:
             while chunk := chunks.popleft().result():
                 chunks.append(reader.submit(read))
+                given += len(chunk)
                 yield from chunk
+            if given < _processes():
+                raise UserError(f"data.source: {self.source}: {given} rows are too few for {_processes()} process(es)")
         except (UserError, GeneratorExit):
             raise
         except Exception as error:  # whatever can go wrong with a file, a format or a connection

@@ -2,9 +2,9 @@
 
     accelerate launch benchmarks/patches.py drifting_batch_norm -- --config recipes/resnet50.yaml --seed 1
 
-trains with the patches that are named before `--` and with train.py's options after it. There are the report's faults, put back
-to show what each costs; tricks that were tried, and are an option only if they helped (docs/results.md); and what
-makes training fast, taken out (levers.py). `python benchmarks/patches.py --list` tells their names.
+trains with the patches that are named before `--` and with train.py's options after it. There are the report's faults,
+put back to show what each costs; tricks that were tried, and are an option only if they helped (docs/results.md); and
+what makes training fast, taken out (levers.py). `python benchmarks/patches.py --list` tells their names.
 """
 
 import argparse

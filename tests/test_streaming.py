@@ -123,6 +123,15 @@ def test_an_error_is_told_where_its_rows_would_have_come():
     assert not seen or seen[-1] == b"63"  # the chunks before it
 
 
+def test_a_split_with_fewer_rows_than_processes_is_an_error(monkeypatch):
+    stream = stream_of(rows=2).in_order
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(list(stream)) == 2
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"data\.source: x: 2 rows are too few for 4 process"):
+        list(stream)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_decode_what_the_stream_gives_and_change_nothing(tmp_path, workers):
     """Two shards and two workers drop one incomplete batch, not one each."""
