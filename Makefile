@@ -42,7 +42,7 @@ demo: $(VENV)/installed
 
 results: $(VENV)/installed
 	$(BIN)/python benchmarks/results.py
-	$(BIN)/python benchmarks/results.py --run $(if $(DATA),--data $(DATA)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+	$(BIN)/python benchmarks/results.py --run $(if $(DATA),--data '$(DATA)') $(if $(WEIGHTS),--weights '$(WEIGHTS)')
 
 test: $(VENV)/installed-for-tests
 	$(BIN)/python -m pytest

@@ -24,7 +24,7 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "bf16": ([], ["fp32"], ALL),
     "images_channels_last": ([], ["contiguous"], ALL),
     "weights_contiguous": ([], ["weights_channels_last"], ALL),
-    "frozen_in_eval_mode": (["unfolded"], ["unfolded", "all_in_training_mode"], FROZEN),
+    "frozen_in_eval_mode": (["unfolded"], ["drifting_batch_norm"], FROZEN),
     "folding": ([], ["unfolded"], FROZEN),
     "decoded_once": ([], ["decoding"], ALL),
     "glibc_keeps_memory": ([], ["glibc_as_it_is"], ALL),

@@ -8,6 +8,7 @@ what makes training fast, taken out (levers.py). `python benchmarks/patches.py -
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -16,9 +17,12 @@ sys.path.insert(0, str(ROOT))
 
 import hub
 from commandline import parse
-from errors import told
+from errors import USAGE, UserError, told
 
 PATCHES = {}  # by name
+MIXING, GROUPING = ("mixup", "cutmix"), ("no_decay_on_norms", "layer_decay")
+AUGMENTING = (*MIXING, "trivial_augment", "erasing", "noise_and_blur", "unaugmented")
+EXCLUSIVE = (MIXING, GROUPING)
 
 
 def named(function):
@@ -36,20 +40,24 @@ def patch(module, name: str, make) -> None:
 
 @named
 def drifting_batch_norm():
-    """A bare model.train(): frozen layers' batch statistics drift, and batches are normalised by themselves."""
+    """A bare model.train(): frozen layers normalise by the batch, and their statistics drift."""
+    import engine
+
     unfolded()
-    all_in_training_mode()
+    patch(engine, "train_mode", lambda _: lambda model: model.train())
 
 
 @named
 def other_normalisation_in_evaluation():
-    """Evaluation with CIFAR-100's mean and standard deviation, whatever the weights were trained with."""
+    """Validation and test with CIFAR-100's mean and deviation, not the weights' own. Not predict.py."""
     import augment
     import models
 
     def make(build):
         def build_differently(config, cfg, device):
             other = cfg | {"mean": models.CIFAR100_MEAN, "std": models.CIFAR100_STD}
+            if other == cfg:
+                raise UserError("other_normalisation_in_evaluation: these weights were trained with CIFAR-100's own")
             return build(config, cfg, device)[0], build(config, other, device)[1]
 
         return build_differently
@@ -88,9 +96,9 @@ def label_smoothing():
 
 
 def mixed(mix) -> None:
-    """Training images become mix(images, partners, share), and their loss that of both labels, by share.
+    """Training images become those of mix(images, partners), and their loss that of both labels, by share.
 
-    A batch's partners are the batch reversed. Each image draws its own share; `mix` says how much it really kept.
+    A batch's partners are the batch reversed. `mix` gives the images and which share (B,) of each is its own.
     """
     import augment
 
@@ -167,14 +175,14 @@ def trivial_augment():
     trivial = TrivialAugmentWide()
 
     def more(images):
-        return torch.stack([trivial(image) for image in (255 * images).to(torch.uint8)]).float() / 255
+        return torch.stack([trivial(image) for image in (255 * images).round().to(torch.uint8)]).float() / 255
 
     augmented(more)
 
 
 @named
 def erasing():
-    """A quarter of the image's area, at a random place, becomes grey: DeVries & Taylor's cutout (2017)."""
+    """A square of half the side, at a random place and cut off at the border, becomes grey: cutout (2017)."""
     import torch
 
     def more(images):
@@ -205,31 +213,28 @@ def noise_and_blur():
 
 def grouped(groups) -> None:
     """Each phase's optimizer gets groups(phase, named parameters that train) in the place of one group."""
-    import phases
+    import train
 
     def make(make_optimizer):
         def make_grouped(phase, model):
             optimizer = make_optimizer(phase, model)
             defaults = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-            named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-            optimizer.param_groups[:] = [defaults | group for group in groups(phase, named)]
+            training = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+            optimizer.param_groups[:] = [defaults | group for group in groups(phase, training)]
             return optimizer
 
         return make_grouped
 
-    import train
-
-    patch(phases, "make_optimizer", make)
-    train.make_optimizer = phases.make_optimizer
+    patch(train, "make_optimizer", make)
 
 
 @named
 def no_decay_on_norms():
     """Weight decay on matrices and filters only, not on norms and biases."""
 
-    def groups(phase, named):
-        wide = [parameter for _, parameter in named if parameter.ndim > 1]
-        narrow = [parameter for _, parameter in named if parameter.ndim <= 1]
+    def groups(phase, training):
+        wide = [parameter for _, parameter in training if parameter.ndim > 1]
+        narrow = [parameter for _, parameter in training if parameter.ndim <= 1]
         return [{"params": wide}, {"params": narrow, "weight_decay": 0.0}]
 
     grouped(groups)
@@ -239,19 +244,22 @@ def no_decay_on_norms():
 def layer_decay():
     """Each stage before the last learns 0.7 times as fast as the one after it."""
 
-    def groups(phase, named):
-        depth = {"fc": 0, "layer4": 1, "layer3": 2, "layer2": 3, "layer1": 4}
+    def groups(phase, training):
+        depth = {"fc": 0, "layer4": 1, "layer3": 2, "layer2": 3, "layer1": 4, "conv1": 5, "bn1": 5}
         by_stage = {}
-        for name, parameter in named:
-            by_stage.setdefault(depth.get(name.split(".")[0], 5), []).append(parameter)
-        return [{"params": list_, "lr": phase.lr * 0.7**stage} for stage, list_ in by_stage.items()]
+        for name, parameter in training:
+            module = name.split(".")[0]
+            if module not in depth:
+                raise UserError(f"layer_decay: made for ResNets; this model has a {module}")
+            by_stage.setdefault(depth[module], []).append(parameter)
+        return [{"params": by_stage[stage], "lr": phase.lr * 0.7**stage} for stage in sorted(by_stage)]
 
     grouped(groups)
 
 
 @named
 def ema():
-    """Validation, best/ and test take an exponential moving average of the weights, over some 500 steps."""
+    """Validation, best/ and test take an exponential moving average of the weights (some 500 steps). No --resume."""
     import contextlib
 
     import torch
@@ -271,10 +279,11 @@ def ema():
     @contextlib.contextmanager
     def averaged(model):
         own = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        if averages:
-            model.load_state_dict({name: averages.get(name, value) for name, value in own.items()})
-        yield
-        model.load_state_dict(own)
+        model.load_state_dict({name: averages.get(name, value) for name, value in own.items()})
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
 
     def make_train(train_epoch):
         def epoch(accelerator, model, *rest):
@@ -324,16 +333,8 @@ def unfolded():
 
 
 @named
-def all_in_training_mode():
-    """Batch norms of frozen layers look at the batch, as under a bare model.train()."""
-    import engine
-
-    patch(engine, "train_mode", lambda _: lambda model: model.train())
-
-
-@named
 def contiguous():
-    """Images as weights."""
+    """Images in torch's default memory layout, as weights are, instead of channels_last."""
     import torch
 
     patch(torch, "channels_last", lambda _: torch.contiguous_format)
@@ -341,7 +342,7 @@ def contiguous():
 
 @named
 def weights_channels_last():
-    """Weights as images."""
+    """Weights in channels_last, as images are, instead of torch's default memory layout."""
     import torch
 
     import launch
@@ -372,7 +373,7 @@ def unaugmented():
     """Training images are normalised only: what the report's scripts did without meaning to."""
     import augment
 
-    patch(augment, "ReportAugment", lambda _: augment.Normalize)
+    patch(augment.ReportAugment, "augment", lambda _: augment.Normalize.augment)
 
 
 @named
@@ -458,13 +459,27 @@ def main() -> None:
         parser.error("name a patch; --list tells which there are")
     if unknown := [name for name in args.patches if name not in PATCHES]:
         parser.error(f"there is no patch {unknown[0]}; --list tells which there are")
+    for group in EXCLUSIVE:
+        if len(both := [name for name in args.patches if name in group]) > 1:
+            parser.error(f"{both[0]} and {both[1]} don't go together")
     config, resume = parse(rest)
+    suffix = "".join(f".{name}" for name in args.patches)
+    if resume and not config.recipe.endswith(suffix):
+        raise UserError(f"--resume: {resume} was started as {config.recipe}, not with these patches", USAGE)
+    if resume and "ema" in args.patches:
+        raise UserError(f"--resume: averaged weights are in no checkpoint; delete {resume} and start again", USAGE)
+    if config.augment.policy == "none" and (lost := [name for name in args.patches if name in AUGMENTING]):
+        raise UserError(f"augment.policy none leaves nothing for {lost[0]} to change", USAGE)
     hub.check(config, resume)
+    import launch
     import train
 
+    # A run says under its recipe's name, in its config.yaml, what was patched; and how to go on with the same patches.
+    script = " ".join(("benchmarks/patches.py", *args.patches, "--"))
+    patch(launch, "way_on", lambda way_on: lambda *run: way_on(*run).replace("train.py", script, 1))
     for name in args.patches:
         PATCHES[name]()
-    train.train(config, resume)
+    train.train(dataclasses.replace(config, recipe=config.recipe.removesuffix(suffix) + suffix), resume)
 
 
 if __name__ == "__main__":

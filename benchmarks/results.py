@@ -1,15 +1,15 @@
-"""The results table's runs: which there are, training those that are missing, and the tables made of them.
+"""The results tables' runs: which there are, training those that are missing, and the tables made of them.
 
     python benchmarks/results.py                                           # what is done, cut short, missing
     python benchmarks/results.py --run --data CIFAR100 --weights WEIGHTS   # train what is missing, in order
     python benchmarks/results.py --run deep_cnn --data CIFAR100            # only this row
     python benchmarks/results.py --tables                                  # rebuild the tables
 
-docs/results/plan.yaml says which runs there are. Each is trained by the shipped command (with benchmarks/patches.py in
-the place of train.py where a row names patches), judged under the 19 corruptions, and its small files are copied from
+docs/results/plan.yaml says which runs there are. Each is trained by the shipped command (benchmarks/patches.py in the
+place of train.py where a row names patches), judged under the 19 corruptions, and its small files are copied from
 runs/NAME-seedN to docs/results/NAME-seedN: configuration, history, summary, robustness, and how it was made. A run that
-was cut short is resumed. The tables in README.md and docs/results.md and the measured line of recipes are written from
-those files, and no figure in them by hand.
+was cut short is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md and the measured line of
+recipes are written from those files, and no figure in them by hand.
 """
 
 import argparse
@@ -28,19 +28,21 @@ from typing import Annotated, Literal
 
 import turns
 import yaml
+from filelock import FileLock
 from patches import PATCHES
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 import comparison
 from checkpoint import write_whole
 from config import PLAIN_NAME
-from errors import USAGE, UserError, told
+from errors import USAGE, Interrupted, UserError, told
 from runfolder import Run, read_run
 
 ROOT = turns.ROOT
 RESULTS = ROOT / "docs" / "results"
-KEPT = ("config.yaml", "history.jsonl", "summary.json")  # and predictions/robustness*.json
 MADE = "made.json"
+ROBUSTNESS = "predictions/robustness.json"
+WEIGHTS = ["--model.weights", "WEIGHTS"]
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
@@ -61,20 +63,33 @@ class Row(BaseModel):
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     robustness: bool = True
 
-    def runs(self) -> dict[str, int]:
-        """The seeds by the names of their runs."""
-        return {f"{self.name}-seed{seed}": seed for seed in self.seeds}
+    def runs(self) -> dict[str, list[str]]:
+        """The commands by the names of their runs, with DATA and WEIGHTS in them."""
+        script = ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
+        command = [*launch(self.precision), *script, "--config", f"recipes/{self.recipe}.yaml", "--data.source", "DATA"]
+        command += [*self.options, "--tracking", "none"]
+        names = {seed: f"{self.name}-seed{seed}" for seed in self.seeds}
+        return {name: [*command, "--seed", str(seed), "--run_name", name] for seed, name in names.items()}
+
+    def resume(self, folder: Path) -> list[str]:
+        """The command that goes on with a run."""
+        script = ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
+        return [*launch(self.precision), *script, "--resume", str(folder)]
+
+
+def launch(precision: str) -> list[str]:
+    return ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", precision]
 
 
 def read_plan(path: Path) -> list[Row]:
     """The plan's rows; UserError if it can't be read or names what is not there."""
     try:
         plan = TypeAdapter(list[Row]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} can't be read: {error}", USAGE) from None
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", USAGE) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} can't be read: {error}", USAGE) from None
     names = [row.name for row in plan]
     for row in plan:
         if names.count(row.name) > 1:
@@ -90,93 +105,97 @@ def recipe_of(row: Row) -> Path:
     return ROOT / "recipes" / f"{row.recipe}.yaml"
 
 
-def state(run: str, runs: Path) -> str:
-    """Whether a run is done (its files are kept), cut short, or missing."""
-    if (RESULTS / run / "summary.json").is_file():
-        return "done"
-    return "cut short" if (runs / run).is_dir() else "missing"
+def state(run: str, command: list[str], runs: Path) -> str:
+    """Whether a run is done (its files are kept), cut short or missing, or was made by another command than now."""
+    for made, done in ((RESULTS / run / MADE, "done"), (note_of(runs, run), "cut short")):
+        if made.is_file():
+            return done if json.loads(made.read_text())["command"] == shlex.join(command) else "changed"
+    return "missing"
+
+
+def note_of(runs: Path, run: str) -> Path:
+    """Where it is noted how a run is made. Beside its folder, which is not there yet when the run is started."""
+    return runs / f"{run}.{MADE}"
 
 
 # ---- training what is missing ---------------------------------------------------------------------------------------
 
 
-def complete(row: Row, run: str, seed: int, args) -> None:
+def complete(row: Row, run: str, args) -> None:
     """Train a run, or go on with it, judge it, and keep its small files."""
-    folder = args.runs / run
-    script = ["benchmarks/patches.py", *row.patches, "--"] if row.patches else ["train.py"]
-    launch = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", row.precision]
-    options = ["--config", f"recipes/{row.recipe}.yaml", "--data.source", "DATA", *row.options, "--tracking", "none"]
-    fresh = [*launch, *script, *options, "--seed", str(seed), "--run_name", run]
+    folder, note, command = args.runs / run, note_of(args.runs, run), row.runs()[run]
+    made = {"command": shlex.join(command), "machine": turns.conditions(), "sessions": []}
+    if note.is_file():
+        made = json.loads(note.read_text())
+    elif folder.exists():
+        raise UserError(f"{folder} is there, but not {note}, which says how it was made: move it away")
+    if made["command"] != shlex.join(command):
+        raise UserError(f"{folder} was started by another command than the plan's: delete it and {note} to start over")
+
+    def session(*words: str) -> None:
+        made["sessions"].append({"commit": commit(), "date": str(datetime.date.today()), "peak_memory_mib": None})
+        write_whole(note, json.dumps(made, indent=1) + "\n")
+        code, made["sessions"][-1]["peak_memory_mib"] = execute(args, list(words), folder)
+        write_whole(note, json.dumps(made, indent=1) + "\n")
+        if code:
+            raise UserError(f"{run}: that command has ended with exit code {code}, for the reason above")
+
+    args.runs.mkdir(parents=True, exist_ok=True)
     if not (folder / "summary.json").is_file():
-        if (folder / "checkpoints").is_dir():
-            start(args, folder, fresh, [*launch, *script, "--resume", str(folder)])
-        else:
-            start(args, folder, fresh, [*fresh, "--output_dir", str(args.runs)])
-    if row.robustness and not list(folder.glob("predictions/robustness*.json")):
-        limit = ["--limit", str(args.limit)] if args.limit else []
-        judge = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", row.precision]
-        execute(args, [*judge, "predict.py", str(folder), "--robustness", *limit])
-    keep(args, folder)
+        session(*(row.resume(folder) if folder.is_dir() else [*command, "--output_dir", str(args.runs)]))
+    if row.robustness and not (folder / ROBUSTNESS).is_file():
+        code, _ = execute(args, [*launch(row.precision), "predict.py", str(folder), "--robustness"], folder)
+        if code:
+            raise UserError(f"{run}: judging it has ended with exit code {code}, for the reason above")
+    keep(row, folder, note)
 
 
-def start(args, folder: Path, fresh: list[str], command: list[str]) -> None:
-    """Train, and note in the run's folder how it was made, even where that ends too early."""
-    usage = None
-    try:
-        usage = execute(args, command)
-    finally:
-        if folder.is_dir():
-            note = folder / MADE
-            made = json.loads(note.read_text()) if note.is_file() else {"commits": [], "peak_memory_mib": 0}
-            made |= {"command": shlex.join(fresh), "date": str(datetime.date.today())}
-            made |= {"machine": turns.conditions()}
-            if commit() not in made["commits"]:
-                made["commits"].append(commit())
-            if usage:
-                made["peak_memory_mib"] = max(made["peak_memory_mib"], usage)
-            write_whole(note, json.dumps(made, indent=1) + "\n")
+def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
+    """Run a command of the project, shown first: its exit code, and its processes' peak memory in MiB.
 
-
-def execute(args, command: list[str]) -> int:
-    """Run a command of the project, shown first, until it ends; its processes' peak memory in MiB.
-
-    Ctrl-C reaches the command too, which then writes its checkpoint.
+    Ctrl-C reaches all of its processes. The launcher ends at once, the training when its checkpoint is written.
     """
-    found = {"DATA": args.data, "WEIGHTS": args.weights}
-    if wanting := [word for word in command if word in found and found[word] is None]:
-        raise UserError(f"name --{wanting[0].lower()}: this run needs it", USAGE)
     print("$", shlex.join(command), flush=True)
-    words = [str(found.get(word, word)) for word in command]
-    words[0] = str(Path(sys.executable).with_name(words[0]))
-    process = subprocess.Popen(words, cwd=ROOT)
-    while True:
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-            break
-        except KeyboardInterrupt:
-            continue
-    if code := os.waitstatus_to_exitcode(status):
-        raise UserError(f"this command has ended with exit code {code}; give it again to go on")
-    return usage.ru_maxrss // 1024
+    found = {"DATA": args.data, "WEIGHTS": args.weights}
+    words = [found.get(word, word) for word in command[2:]]  # after accelerate launch
+    process = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *words], cwd=ROOT)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:
+        process.wait()
+        if (folder / "checkpoints").is_dir():
+            FileLock(folder / "checkpoints" / ".lock").acquire()
+        raise Interrupted("stopped; the same command goes on", 2) from None
+    return os.waitstatus_to_exitcode(status), usage.ru_maxrss // 1024
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if the tree has changes."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    """The commit of the working tree, marked if code has changed since."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
+    except OSError:
+        return "unknown"
+    return f"{name} and changes" if changed else name or "unknown"
 
 
-def keep(args, folder: Path) -> None:
-    """Copy what tables are made of, whole or not at all, with DATA and WEIGHTS for this machine's paths."""
+def keep(row: Row, folder: Path, note: Path) -> None:
+    """Copy what tables are made of, whole or not at all, without this machine's paths."""
     unfinished, target = RESULTS / f".{folder.name}", RESULTS / folder.name
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "predictions").mkdir(parents=True)
-    predictions = [f"predictions/{path.name}" for path in folder.glob("predictions/robustness*.json")]
-    for name in (*KEPT, MADE, *predictions):
-        text = (folder / name).read_text(encoding="utf-8")
-        for word, value in (("DATA", args.data), ("WEIGHTS", args.weights), ("runs", args.runs)):
-            text = text.replace(str(value), word) if value else text
-        (unfinished / name).write_text(text, encoding="utf-8")
+    for name in ("history.jsonl", "summary.json"):
+        shutil.copy(folder / name, unfinished)
+    shutil.copy(note, unfinished / MADE)
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config["data"]["source"], config["output_dir"] = "DATA", "runs"
+    if config["model"].get("weights"):
+        config["model"]["weights"] = "WEIGHTS"
+    (unfinished / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    if row.robustness:
+        found = json.loads((folder / ROBUSTNESS).read_text(encoding="utf-8"))
+        (unfinished / ROBUSTNESS).write_text(json.dumps(found | {"source": "DATA"}) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
 
@@ -186,59 +205,47 @@ def keep(args, folder: Path) -> None:
 Figures = dict[str, float | str | None]
 
 
-def figures(run: Run) -> Figures:
-    """What the tables say of a run: fractions, nats, minutes, MiB. None where there is no such figure."""
-    best, found = comparison.best_epoch(run), comparison.robustness(run)
-    changes = comparison.phase_changes(run)
-    made = json.loads((run.path / MADE).read_text(encoding="utf-8"))
-    fell = [
-        f"{before['epoch']}"
-        for before, after in zip(run.history, run.history[1:], strict=False)
-        if before["phase"] == after["phase"] and after["lr"] < 0.2 * before["lr"]
-    ]
+def figures(folder: Path) -> Figures:
+    """What the tables say of a kept run: fractions, nats, minutes, MiB. None where there is no such figure."""
+    run: Run = read_run(folder)
+    if run.notes or not run.summary or not run.history:
+        raise UserError(f"{folder} is damaged: {'; '.join(run.notes) or 'it has no summary or no history'}")
+    best, found, changes = comparison.best_epoch(run), comparison.robustness(run), comparison.phase_changes(run)
+    made = json.loads((folder / MADE).read_text(encoding="utf-8"))
+    pairs = zip(run.history, run.history[1:], strict=False)
+    fell = [a["epoch"] for a, b in pairs if a["phase"] == b["phase"] and b["lr"] < 0.2 * a["lr"]]  # not a cosine's
+    names = ("train_loss", "train_top1", "val_loss", "val_top1")
+    jump = changes[0] if changes else None
     return {
         "epochs": len(run.history),
-        "train_loss": best["train_loss"],
-        "train_top1": best["train_top1"],
-        "val_loss": best["val_loss"],
-        "val_top1": best["val_top1"],
-        "test_loss": run.summary["test_loss"],
-        "test_top1": run.summary["test_top1"],
+        **{name: best[name] for name in names},
+        **{name: run.summary[name] for name in ("test_loss", "test_top1", "minutes")},
         "mean15": found.mean15 if found else None,
-        "mean15_of": comparison.conditions(found) if found else "",
-        "jump": changes[0].one - changes[0].top1 if changes else None,
-        "jump5": changes[0].several - changes[0].top1 if changes and changes[0].several is not None else None,
-        "fell": ", ".join(fell) or "-",
-        "minutes": run.summary["minutes"],
-        "memory": made["peak_memory_mib"] or None,
-        "commits": ", ".join(made["commits"]),
-        "command": made["command"],
-        "date": made["date"],
+        "jump": jump.one - jump.top1 if jump else None,
+        "later": jump.several - jump.top1 if jump and jump.several is not None else None,
+        "span": jump.span if jump else None,
+        "fell": ", ".join(map(str, fell)) or "-",
+        "memory": max((it["peak_memory_mib"] or 0 for it in made["sessions"]), default=0) or None,
+        "made": made,
     }
 
 
 def spread(values: list, form: str, scale: float = 1.0) -> str:
     """Mean and, of several, standard deviation over the seeds."""
-    if any(value is None for value in values) or not values:
+    if any(value is None for value in values):
         return "-"
     values = [scale * value for value in values]
     mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form)}"
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
 def mean_of(name: str, form: str, scale: float = 1.0) -> Callable[[list[Figures]], str]:
     return lambda found: spread([it[name] for it in found], form, scale)
 
 
-def robustness(found: list[Figures]) -> str:
-    """The mean over 15 corruptions, and of which images if not of all."""
-    return " ".join(filter(None, [mean_of("mean15", ".1f", 100)(found), found[0]["mean15_of"]]))
-
-
 def jumps(found: list[Figures]) -> str:
-    if found[0]["jump"] is None:
-        return "-"
-    return f"{mean_of('jump', '+.1f', 100)(found)} in one epoch, {mean_of('jump5', '+.1f', 100)(found)} in five"
+    one, later = mean_of("jump", "+.1f", 100)(found), mean_of("later", "+.1f", 100)(found)
+    return one if later == "-" else f"{one} in one epoch, {later} in {found[0]['span']}"
 
 
 COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
@@ -249,78 +256,80 @@ COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
     "val top-1 %": mean_of("val_top1", ".1f", 100),
     "test loss": mean_of("test_loss", ".3f"),
     "test top-1 %": mean_of("test_top1", ".1f", 100),
-    "robustness %": robustness,
+    "robustness %": mean_of("mean15", ".1f", 100),
     "phase change, points": jumps,
     "lr fell after epoch": lambda found: "; ".join(it["fell"] for it in found),
     "minutes": mean_of("minutes", ".0f"),
     "peak MiB": mean_of("memory", ",.0f"),
 }
 SHORT = ("epochs", "val top-1 %", "test top-1 %", "robustness %", "minutes")
+Finished = list[tuple[Row, list[Figures]]]
 
 
-def table(rows: list[tuple[Row, list[Figures]]], columns) -> str:
+def table(rows: Finished, columns) -> str:
     """Markdown: a line for each row that has a finished run."""
-    lines = [["", "seeds", *columns]]
-    for row, found in rows:
-        lines.append([row.what, str(len(found)), *(COLUMNS[column](found) for column in columns)])
-    return markdown(lines)
-
-
-def markdown(lines: list[list[str]]) -> str:
-    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    lines = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
+    lines += [[row.what, str(len(found)), *(COLUMNS[column](found) for column in columns)] for row, found in rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
-def how(rows: list[tuple[Row, list[Figures]]]) -> str:
-    """The commands behind a table, with their commits and dates."""
-    return "\n".join(
-        f"- {row.what}: `{found[0]['command']}`{f', and {len(found) - 1} more seeds' if found[1:] else ''} "
-        f"(commit {found[0]['commits']}, {found[0]['date']})"
-        for row, found in rows
-    )
+def how(rows: Finished) -> str:
+    """The commands behind a table, with their commits, dates and machines."""
+    lines = []
+    for row, found in rows:
+        made = [it["made"] for it in found]
+        commits = sorted({session["commit"] for it in made for session in it["sessions"]})
+        dates = sorted({session["date"] for it in made for session in it["sessions"]})
+        machines = sorted({f"{it['machine']['device']}, {it['machine']['machine']}" for it in made})
+        seeds = f", and seeds {', '.join(map(str, row.seeds[1:]))}" if found[1:] else ""
+        lines.append(
+            f"- {row.what}: `{made[0]['command']}`{seeds} "
+            f"({', '.join(machines)}; commit {', '.join(commits)}; {', '.join(dates)})"
+        )
+    return "\n".join(lines)
 
 
-def put(path: Path, name: str, text: str) -> None:
-    """Write text between a file's marks `<!-- results: NAME -->` and `<!-- end -->`, if it has them."""
+def put(path: Path, pattern: str, text: str) -> None:
+    """Write text in the place of a pattern that has to be in the file once; around it stay groups 1 and 2."""
     old = path.read_text(encoding="utf-8")
-    new = re.sub(
-        rf"(<!-- results: {name} -->\n).*?(<!-- end -->)",
-        lambda found: f"{found[1]}{text}\n{found[2]}",
-        old,
-        flags=re.DOTALL,
-    )
+    new, count = re.subn(pattern, lambda found: f"{found[1]}{text}{found[2]}", old, flags=re.DOTALL | re.MULTILINE)
+    if count != 1:
+        raise UserError(f"{path}: {pattern} should match once, and does {count} times")
     if new != old:
         write_whole(path, new)
-        print(f"{path.relative_to(ROOT)}: {name}")
+        print(f"written: {path.relative_to(ROOT)}")
+
+
+def put_table(path: Path, name: str, text: str) -> None:
+    """Write a table between its marks."""
+    put(path, rf"(^<!-- results: {name} -->\n)(?:(?!<!--).)*?(^<!-- end -->)", f"{text}\n")
 
 
 def measured(row: Row, found: list[Figures]) -> str:
     """A recipe's measured line."""
     seeds = f"{len(found)} seeds" if found[1:] else "one seed"
-    weights = ", from Tiny ImageNet weights (not ImageNet)" if "WEIGHTS" in row.options else ""
+    weights = " from Tiny ImageNet weights (not ImageNet)," if row.options else ""
     return (
-        f"# Measured on CIFAR-100 at full length{weights}, {row.precision}, {seeds}: test top-1 "
-        f"{COLUMNS['test top-1 %'](found)} %, {COLUMNS['minutes'](found)} minutes. Conditions: docs/results.md."
+        f"Measured on CIFAR-100,{weights} {row.precision}, {found[0]['made']['machine']['device']}, {seeds}: "
+        f"test top-1 {COLUMNS['test top-1 %'](found)} %. Conditions: docs/results.md."
     )
 
 
-def write_tables(plan: list[Row]) -> None:
-    finished = []
+def write_tables(plan: list[Row], runs: Path) -> None:
+    """Rebuild all tables, and the measured lines of recipes that were run as they are."""
+    finished: Finished = []
     for row in plan:
-        runs = [read_run(RESULTS / run) for run in row.runs() if state(run, ROOT) == "done"]
-        if runs:
-            finished.append((row, [figures(run) for run in runs]))
+        done = [run for run, command in row.runs().items() if state(run, command, runs) == "done"]
+        if done:
+            finished.append((row, [figures(RESULTS / run) for run in done]))
     for part in ("reproduce", "explain", "beat"):
         own = [(row, found) for row, found in finished if row.part == part]
-        text = f"{table(own, COLUMNS)}\n\n{how(own)}" if own else "Nothing yet."
-        put(ROOT / "docs" / "results.md", part, text)
+        put_table(ROOT / "docs" / "results.md", part, f"{table(own, COLUMNS)}\n\n{how(own)}" if own else "Nothing yet.")
     main = [(row, found) for row, found in finished if row.part != "explain"]
-    put(ROOT / "README.md", "summary", table(main, SHORT) if main else "Nothing yet.")
+    put_table(ROOT / "README.md", "summary", table(main, SHORT) if main else "Nothing yet.")
     for row, found in main:
-        if not row.patches and (row.part == "beat" or row.name == row.recipe):
-            path = recipe_of(row)
-            text = re.sub(r"^# Measured.*$", measured(row, found), path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-            write_whole(path, text)
+        if row.name == row.recipe and not row.patches and row.options in ([], WEIGHTS):
+            put(recipe_of(row), r"^(# )Measured on [^\n]*(\n)", measured(row, found))
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -328,29 +337,34 @@ def write_tables(plan: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--run", nargs="*", metavar="NAME", help="train what is missing of these rows [all], then --tables"
-    )
+    parser.add_argument("--run", nargs="*", metavar="NAME", help="train what these rows lack [all], then --tables")
     parser.add_argument("--tables", action="store_true", help="rebuild the tables")
     parser.add_argument("--data", default="uoft-cs/cifar100", help="CIFAR-100: folder of parquet [the hub's]")
-    parser.add_argument("--weights", help="ResNet-50 pretrained on Tiny ImageNet, .safetensors or a run's best/")
+    parser.add_argument("--weights", help="ResNet-50 pretrained on Tiny ImageNet: .safetensors, or a run's best/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs [runs]")
-    parser.add_argument("--limit", type=turns.positive, help="corrupt this many test images only, marked [all]")
     args = parser.parse_args()
     args.runs = args.runs.absolute()
-    plan = read_plan(RESULTS / "plan.yaml")
+    args.data, args.weights = (
+        str(Path(it).absolute()) if it and Path(it).exists() else it for it in (args.data, args.weights)
+    )
+    plan_file = RESULTS / "plan.yaml"
+    plan = read_plan(plan_file)
     if unknown := set(args.run or ()) - {row.name for row in plan}:
-        raise UserError(f"--run: there is no row {min(unknown)} in {RESULTS / 'plan.yaml'}", USAGE)
-    if args.run is not None:
-        for row in plan:
-            for run, seed in row.runs().items():
-                if (not args.run or row.name in args.run) and state(run, args.runs) != "done":
-                    complete(row, run, seed, args)
-    if args.run is not None or args.tables:
-        return write_tables(plan)
+        raise UserError(f"--run: there is no row {min(unknown)} in {plan_file}", USAGE)
+    wanted = [row for row in plan if args.run is not None and (not args.run or row.name in args.run)]
+    missing = [
+        (row, run) for row in wanted for run, command in row.runs().items() if state(run, command, args.runs) != "done"
+    ]
+    if lacking := [row.name for row, _ in missing if "WEIGHTS" in row.options and not args.weights]:
+        raise UserError(f"--weights: {lacking[0]} needs them; or name other rows after --run", USAGE)
+    for row, run in missing:
+        complete(row, run, args)
+        write_tables(plan, args.runs)
+    if args.tables or args.run is not None:
+        return write_tables(plan, args.runs)
     for row in plan:
-        for run in row.runs():
-            print(f"{state(run, args.runs):10s} {row.part:10s} {run:34s} {row.what}")
+        for run, command in row.runs().items():
+            print(f"{state(run, command, args.runs):10s} {row.part:10s} {run:34s} {row.what}")
 
 
 if __name__ == "__main__":

@@ -1,91 +1,176 @@
-"""Patches of train.py for experiments: each does what it says, and nothing else."""
+"""Patches of train.py for experiments: each does what it says, and no more."""
 
-import subprocess
 import sys
+import types
 
 import pytest
+import timm
+import torch
+import torch.nn.functional as F
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import patches
 
-TRAIN = """
-import sys; sys.path.insert(0, "benchmarks")
-import torch, patches
-for name in sys.argv[1].split(","):
-    patches.PATCHES[name]()
-"""
-
-
-def run(names: str, code: str) -> str:
-    """Print something in a process of its own, whose modules are patched."""
-    result = subprocess.run(
-        [sys.executable, "-c", TRAIN + code, names], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
-
-
-LOSSES = """
+import augment
+import checkpoint
 import engine
-logits, labels = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, 4])
-training = engine.F.cross_entropy(logits, labels, reduction="none")
-smooth = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
-with torch.no_grad():
-    validation = engine.F.cross_entropy(logits, labels, reduction="none")
-plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-print(training.equal(smooth), validation.equal(plain))
-"""
+import folding
+import models
+import train
+from config import PhaseConfig
+from errors import UserError
+from recipe import check
 
 
-def test_label_smoothing_is_of_training_alone():
-    assert run("label_smoothing", LOSSES).split() == ["True", "True"]
+@pytest.fixture
+def patched(monkeypatch):
+    """Apply a patch for as long as the test lasts."""
+
+    def patch(module, name, make):
+        monkeypatch.setattr(module, name, make(getattr(module, name)))
+
+    monkeypatch.setattr(patches, "patch", patch)
+    return lambda name: patches.PATCHES[name]()
 
 
-MIX = """
-import augment, engine
-mean = torch.zeros(3), torch.ones(3)
-images = (255 * torch.rand(64, 3, 32, 32)).to(torch.uint8)
-transform = augment.ReportAugment((0, 0, 0), (1, 1, 1))
-logits, labels = torch.zeros(64, 100, requires_grad=True), torch.arange(64)
-one_hot = torch.eye(100)[labels].requires_grad_() * 20
-torch.manual_seed(0)
-mixed = transform(images)
-loss = engine.F.cross_entropy(one_hot, labels, reduction="none")
-# With logits that name the own label, the loss is 20 times the partner's share.
-share = 1 - loss / 20
-print(mixed.shape == (64, 3, 32, 32), float(share.min()) >= -1e-3, float(share.max()) <= 1.001, float(share.mean()))
-"""
+@pytest.fixture
+def still(monkeypatch):
+    """The report's augmentation leaves images as they are."""
+    for name in ("jitter", "warp"):
+        monkeypatch.setattr(augment, name, lambda images, *_: images)
+
+
+def augmented(images):
+    return augment.ReportAugment((0, 0, 0), (1, 1, 1)).augment(images)
+
+
+def test_label_smoothing_is_of_training_alone(patched):
+    patched("label_smoothing")
+    logits, labels = torch.randn(4, 100, requires_grad=True), torch.tensor([1, 2, 3, 4])
+    smooth = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    assert engine.F.cross_entropy(logits, labels, reduction="none").equal(smooth)
+    with torch.no_grad():
+        plain = F.cross_entropy(logits, labels, reduction="none")
+        assert engine.F.cross_entropy(logits, labels, reduction="none").equal(plain)
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_mixed_images_count_for_both_labels(name):
-    shape, low, high, mean = run(name, MIX).split()
-    assert (shape, low, high) == ("True", "True", "True")
-    assert 0.3 < float(mean) < 0.95
+def test_an_image_counts_for_both_labels_by_the_share_that_is_seen(patched, still, name):
+    torch.manual_seed(0)
+    patched(name)
+    images = torch.ones(64, 3, 32, 32)
+    images[:32] = 0  # each image's partner is one of the other half
+    seen, labels = augmented(images).mean((1, 2, 3)), torch.arange(64)
+    loss = engine.F.cross_entropy((torch.eye(100)[labels] * 20).requires_grad_(), labels, reduction="none")
+    own = 1 - loss / 20  # logits that name the own label: the loss is 20 times the partner's share
+    torch.testing.assert_close(seen, torch.where(labels < 32, 1 - own, own), atol=1e-3, rtol=0)
+    assert own.min() < 0.9 and own.max() > 0.99
 
 
-GROUPS = """
-import timm, phases, train
-from config import PhaseConfig
-model = timm.create_model("test_resnet")
-phase = PhaseConfig(modules="all", epochs=1, lr=1.0, weight_decay=0.1, optimizer="adamw")
-optimizer = train.make_optimizer(phase, model)
-print(sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters())))
-for group in optimizer.param_groups:
-    print(round(group["lr"], 3), group["weight_decay"], all(p.ndim > 1 for p in group["params"]))
-"""
+@pytest.mark.parametrize(
+    ("name", "pixels", "of_images"),
+    [
+        ("erasing", (0.12, 0.26), (1, 1)),
+        ("noise_and_blur", (0.3, 0.7), (0.3, 0.7)),
+        ("trivial_augment", (0.5, 1), (0.8, 1)),
+        ("unaugmented", (0, 0), (0, 0)),
+    ],
+)
+def test_how_much_of_the_images_is_changed(patched, still, name, pixels, of_images):
+    torch.manual_seed(0)
+    patched(name)
+    images = torch.rand(64, 3, 32, 32)
+    out = augmented(images)
+    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
+    changed = (out != images).any(1).float()
+    assert pixels[0] <= changed.mean() <= pixels[1]
+    assert of_images[0] <= changed.flatten(1).any(1).float().mean() <= of_images[1]
 
 
-def test_no_decay_on_norms():
-    assert run("no_decay_on_norms", GROUPS).splitlines() == ["True", "1.0 0.1 True", "1.0 0.0 False"]
+def test_unaugmented_leaves_nothing_of_the_reports_augmentation(patched):
+    patched("unaugmented")
+    images = torch.rand(8, 3, 32, 32)
+    assert augmented(images).equal(images)
 
 
-def test_layer_decay():
-    whole, *groups = run("layer_decay", GROUPS).splitlines()
-    assert whole == "True"
-    assert sorted({float(group.split()[0]) for group in groups}, reverse=True)[:3] == [1.0, 0.7, 0.49]
+def test_frozen_batch_norms_drift_again(patched):
+    patched("drifting_batch_norm")
+    model = timm.create_model("test_resnet")
+    models.freeze_all_but(model, ("fc",))
+    assert folding.fold(model, (32, 32), "no") == 0
+    engine.train_mode(model)
+    before = model.bn1.running_mean.clone()
+    model(torch.randn(8, 3, 32, 32))
+    assert not model.bn1.running_mean.equal(before)
+
+
+def test_another_normalisation_in_evaluation_alone(patched):
+    patched("other_normalisation_in_evaluation")
+    config = check({"phases": {"train": {"modules": "all", "epochs": 1, "lr": 1}}}, "test")
+    cpu = torch.device("cpu")
+    training, evaluation = augment.build(config, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, cpu)
+    assert training.mean.flatten()[0] == 0.5
+    assert evaluation.mean.flatten().tolist() == pytest.approx(models.CIFAR100_MEAN)
+    with pytest.raises(UserError, match="trained with CIFAR-100's own"):
+        augment.build(config, {"mean": models.CIFAR100_MEAN, "std": models.CIFAR100_STD}, cpu)
+
+
+def groups_of(model):
+    phase = PhaseConfig(modules="all", epochs=1, lr=1.0, weight_decay=0.1, optimizer="adamw")
+    optimizer = train.make_optimizer(phase, model)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    return optimizer.param_groups
+
+
+def test_no_decay_on_norms(patched):
+    patched("no_decay_on_norms")
+    wide, narrow = groups_of(timm.create_model("test_resnet"))
+    assert (wide["weight_decay"], narrow["weight_decay"]) == (0.1, 0.0)
+    assert all(it.ndim > 1 for it in wide["params"]) and all(it.ndim == 1 for it in narrow["params"])
+
+
+def test_layer_decay(patched):
+    patched("layer_decay")
+    model = timm.create_model("test_resnet")
+    rates = {parameter: group["lr"] for group in groups_of(model) for parameter in group["params"]}
+    assert rates[model.fc.weight] == 1.0
+    assert rates[model.layer4[0].conv1.weight] == pytest.approx(0.7)
+    assert rates[model.conv1[0].weight] == pytest.approx(0.7**5)
+    with pytest.raises(UserError, match="this model has a features"):
+        groups_of(timm.create_model("simple_cnn"))
+
+
+def test_averaged_weights_are_judged_and_kept_and_the_models_own_train_on(patched, monkeypatch):
+    def train_epoch(accelerator, model):
+        for value in (1.0, 2.0):
+            model.weight.data.fill_(value)
+            yield value
+
+    def validate(accelerator, model, interrupted=False):
+        if interrupted:
+            raise KeyboardInterrupt
+        return model.weight.item()
+
+    kept = []
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(checkpoint, "save_best", lambda model, run: kept.append(model.weight.item()))
+    patched("ema")
+    model = torch.nn.Linear(1, 1, bias=False)
+    accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
+    list(train.train_epoch(accelerator, model))
+    average = pytest.approx(1 + 1 / 500)
+    assert train.validate(accelerator, model) == average
+    checkpoint.save_best(model, None)
+    assert kept == [average]
+    with pytest.raises(KeyboardInterrupt):
+        train.validate(accelerator, model, True)
+    assert model.weight.item() == 2.0
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def test_the_list_says_what_each_does(command):
@@ -95,9 +180,19 @@ def test_the_list_says_what_each_does(command):
     assert len(lines) == len(patches.PATCHES) and all(len(line.split()) > 2 for line in lines)
 
 
-def test_an_unknown_patch_is_named(command):
-    result = command("benchmarks/patches.py", "magic", "--", "--config", "recipes/demo_scratch.yaml")
-    assert result.returncode == 2 and "there is no patch magic" in result.stderr
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("magic -- --config recipes/demo_scratch.yaml", "there is no patch magic"),
+        ("-- --config recipes/demo_scratch.yaml", "name a patch"),
+        ("mixup cutmix --", "mixup and cutmix don't go together"),
+        ("erasing -- --augment.policy none", "augment.policy none leaves nothing for erasing to change"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(command, line, said):
+    result = command("benchmarks/patches.py", *line.split())
+    assert result.returncode == 2
+    assert said in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -106,10 +201,10 @@ def test_an_unknown_patch_is_named(command):
     [
         "drifting_batch_norm other_normalisation_in_evaluation label_smoothing no_decay_on_norms ema",
         "mixup trivial_augment layer_decay",
-        "cutmix erasing noise_and_blur unaugmented",
+        "unaugmented cutmix erasing noise_and_blur",
     ],
 )
-def test_patched_runs_train(command, parquet, tmp_path, names):
+def test_patched_runs_train_and_are_gone_on_with_only_so(command, parquet, tmp_path, names):
     result = command(
         "benchmarks/patches.py", *names.split(), "--", "--config", "recipes/demo_finetune.yaml",
         "--data.source", str(parquet), "--phases.head.epochs", "1", "--phases.finetune.epochs", "2",
@@ -117,3 +212,6 @@ def test_patched_runs_train(command, parquet, tmp_path, names):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "run" / "summary.json").is_file()
+    assert f"recipe: demo_finetune.{names.replace(' ', '.')}" in (tmp_path / "run" / "config.yaml").read_text()
+    result = command("benchmarks/patches.py", "compiled", "--", "--resume", str(tmp_path / "run"))
+    assert result.returncode == 2 and "not with these patches" in result.stderr

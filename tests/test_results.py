@@ -1,11 +1,14 @@
-"""The results table: its plan is sound, and its figures are those of the files they are made from."""
+"""The results tables: their plan is sound, runs are gone on with or refused, figures are those of the kept files."""
 
+import argparse
 import json
+import shlex
 import shutil
 import sys
 
 import pytest
 import run_folders
+import yaml
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -18,7 +21,7 @@ from errors import UserError
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """The documents and recipes that tables are written into, as a copy, with no results yet."""
+    """The documents and recipes that tables are written into, as a copy."""
     for name in ("docs", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "README.md", tmp_path)
@@ -27,26 +30,39 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(project, run, test_top1, minutes=30.0):
-    """A finished run's files as `results.keep` leaves them."""
-    folder = project / "docs" / "results" / run
-    shutil.rmtree(folder, ignore_errors=True)
-    run_folders.write_run(folder, {"head": 10, "finetune": 10})
-    summary = {"test_loss": 2.0, "test_top1": test_top1, "test_top5": 0.8, "parameters": 5, "minutes": minutes}
-    (folder / "summary.json").write_text(json.dumps(summary))
-    run_folders.write_predictions(folder, run_folders.corrupted("robustness", mean15=0.345))
-    made = {"command": "accelerate launch train.py", "date": "2026-11-25", "commits": ["abc1234"]}
-    (folder / "made.json").write_text(json.dumps(made | {"peak_memory_mib": 1234, "machine": {}}))
-
-
 def row(name, **values):
-    return results.Row(name=name, part="reproduce", what=f"what {name} is", recipe="resnet50", **values)
+    return results.Row(
+        **({"name": name, "part": "reproduce", "what": f"what {name} is", "recipe": "resnet50"} | values)
+    )
+
+
+def made_of(it, run, **values):
+    session = {"commit": "abc1234", "date": "2026-11-25", "peak_memory_mib": 1234}
+    machine = {"device": "2 CPU cores", "machine": "x86_64"}
+    return {"command": shlex.join(it.runs()[run]), "machine": machine, "sessions": [session]} | values
+
+
+def write(it, top1s, minutes=30.0, phases=None):
+    """A row's finished runs as `results.keep` leaves them."""
+    for run, test_top1 in zip(it.runs(), top1s, strict=True):
+        folder = results.RESULTS / run
+        shutil.rmtree(folder, ignore_errors=True)
+        run_folders.write_run(folder, phases or {"head": 10, "finetune": 10})
+        summary = {"test_loss": 2.0, "test_top1": test_top1, "test_top5": 0.8, "parameters": 5, "minutes": minutes}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        run_folders.write_predictions(folder, run_folders.corrupted("robustness", mean15=0.345))
+        (folder / "made.json").write_text(json.dumps(made_of(it, run)))
+    return it
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
 
 
 def test_the_plan_is_sound():
+    """Each row's recipe takes its options."""
     for it in results.read_plan(ROOT / "docs" / "results" / "plan.yaml"):
         config, _ = commandline.parse(["--config", str(results.recipe_of(it)), *it.options])
-        assert config.tracking
+        assert config.recipe == it.recipe
 
 
 @pytest.mark.parametrize(
@@ -65,65 +81,173 @@ def test_a_mistake_in_the_plan_is_named(tmp_path, text, said):
         results.read_plan(tmp_path / "plan.yaml")
 
 
-def test_tables_hold_what_the_files_say(project):
-    write(project, "one-seed0", 0.5, minutes=10)
-    for seed, top1 in enumerate((0.60, 0.62, 0.64)):
-        write(project, f"three-seed{seed}", top1)
-    results.write_tables([row("one"), row("three", seeds=[0, 1, 2]), row("missing")])
+def test_the_list_says_what_is_there(command):
+    result = command("benchmarks/results.py")
+    assert result.returncode == 0, result.stderr
+    assert "simple_cnn-seed0" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("--run", "nothing"), "--run: there is no row nothing"),
+        (("--run", "resnet50"), "--weights: resnet50 needs them"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(command, tmp_path, options, said):
+    (tmp_path / "runs").mkdir()
+    result = command("benchmarks/results.py", *options, "--runs", str(tmp_path / "runs"))
+    assert (result.returncode, result.stdout) == (2, "") and said in result.stderr
+    assert not list((tmp_path / "runs").iterdir())
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def args(tmp_path):
+    return argparse.Namespace(data="/home/somebody/data", weights="/home/somebody/data/w.st", runs=tmp_path / "runs")
+
+
+def scripted(monkeypatch, *ends):
+    """Commands that train nothing, but write files into the run's folder and end with an exit code."""
+    said, remaining = [], list(ends)
+
+    def execute(args, command, folder):
+        said.append(command)
+        code, *files = remaining.pop(0)
+        for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(run_folders.corrupted("robustness", source=args.data)) if "robust" in name else "{}"
+            (folder / name).write_text(text)
+        if "config.yaml" in files:
+            tree = run_folders.config({"head": 1}, data={"source": args.data}, model={"weights": args.weights})
+            (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"output_dir": str(args.runs)}))
+        return code, 100 * len(said)
+
+    monkeypatch.setattr(results, "execute", execute)
+    return said
+
+
+FILES = ("config.yaml", "history.jsonl", "summary.json")
+
+
+def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monkeypatch):
+    it = row("one", robustness=True)
+    said = scripted(monkeypatch, (1, "checkpoints/1/state"), (0, *FILES), (0, results.ROBUSTNESS))
+    with pytest.raises(UserError, match="one-seed0: that command has ended with exit code 1"):
+        results.complete(it, "one-seed0", args)
+    assert results.state("one-seed0", it.runs()["one-seed0"], args.runs) == "cut short"
+    results.complete(it, "one-seed0", args)
+    assert [words[5:7] for words in said] == [["bf16", "train.py"], ["bf16", "train.py"], ["bf16", "predict.py"]]
+    assert "--resume" in said[1] and "--resume" not in said[0]
+    assert results.state("one-seed0", it.runs()["one-seed0"], args.runs) == "done"
+    kept = project / "docs" / "results" / "one-seed0"
+    assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == {
+        *FILES, results.ROBUSTNESS, "made.json"
+    }  # fmt: skip
+    assert [it["peak_memory_mib"] for it in json.loads((kept / "made.json").read_text())["sessions"]] == [100, 200]
+    config = yaml.safe_load((kept / "config.yaml").read_text())
+    assert (config["data"]["source"], config["model"]["weights"], config["output_dir"]) == ("DATA", "WEIGHTS", "runs")
+    assert not any("somebody" in path.read_text() for path in kept.rglob("*") if path.is_file())
+
+
+def test_a_run_that_left_no_folder_is_started_again(project, args, monkeypatch):
+    it = row("one", robustness=False)
+    said = scripted(monkeypatch, (1,), (0, *FILES))
+    with pytest.raises(UserError):
+        results.complete(it, "one-seed0", args)
+    results.complete(it, "one-seed0", args)
+    assert "--resume" not in said[1]
+
+
+def test_a_row_that_has_changed_is_not_gone_on_with_and_not_in_the_tables(project, args, monkeypatch):
+    before, after = row("one", robustness=False), row("one", robustness=False, options=["--seed", "3"])
+    scripted(monkeypatch, (1, "checkpoints/1/state"))
+    with pytest.raises(UserError):
+        results.complete(before, "one-seed0", args)
+    assert results.state("one-seed0", after.runs()["one-seed0"], args.runs) == "changed"
+    with pytest.raises(UserError, match="another command than the plan's"):
+        results.complete(after, "one-seed0", args)
+    write(before, [0.5])
+    results.write_tables([after], args.runs)
+    assert "what one is" not in (project / "docs" / "results.md").read_text()
+
+
+def test_a_folder_that_nobody_knows_is_left_alone(project, args):
+    (args.runs / "one-seed0").mkdir(parents=True)
+    with pytest.raises(UserError, match="which says how it was made"):
+        results.complete(row("one"), "one-seed0", args)
+
+
+@pytest.mark.slow
+def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", ROOT)
+    args = argparse.Namespace(data=str(parquet), weights=None, runs=tmp_path / "runs")
+    options = ["--phases.train.epochs", "1", "--data.workers", "0"]
+    it = row("small", recipe="demo_scratch", options=options, patches=["label_smoothing"])
+    results.complete(it, "small-seed0", args)
+    assert results.state("small-seed0", it.runs()["small-seed0"], args.runs) == "done"
+    monkeypatch.setattr(results, "ROOT", project)
+    results.write_tables([it], args.runs)
+    (line,) = (text for text in (project / "docs" / "results.md").read_text().splitlines() if "what small is |" in text)
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[3] == "1" and all(0 <= float(cell) <= 100 for cell in cells[8:11])
+    assert "demo_scratch.label_smoothing" in (results.RESULTS / "small-seed0" / "config.yaml").read_text()
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_tables_hold_what_the_files_say(project, args):
+    one, three = write(row("one"), [0.5], minutes=10), write(row("three", seeds=[0, 1, 2]), [0.60, 0.62, 0.64])
+    results.write_tables([one, three, row("missing")], args.runs)
     text = (project / "docs" / "results.md").read_text()
     (one,) = (line for line in text.splitlines() if line.startswith("| what one is |"))
     (three,) = (line for line in text.splitlines() if line.startswith("| what three is |"))
     assert "| 1 | 20 |" in one and "| 50.0 |" in one and "| 34.5 |" in one and "| 10 |" in one and "| 1,234 |" in one
-    assert "+10.0 in one epoch, +14.0 in five" in one
+    assert "+10.0 in one epoch, +14.0 in 5" in one
     assert "| 7, 17 |" in one  # epochs after which the history's lr falls
-    assert "| 3 |" in three and "| 62.0 ± 2.0 |" in three
+    assert "| 3 |" in three and "| 62.0 ± 2.0 |" in three and "+10.0 ± 0.0 in one epoch" in three
     assert "what missing is" not in text
-    assert "abc1234" in text
+    assert "abc1234" in text and "2 CPU cores" in text
     assert "| what three is | 3 |" in (project / "README.md").read_text()
 
 
-def test_a_recipe_says_what_its_own_row_measured(project):
-    write(project, "resnet50-seed0", 0.5432)
-    results.write_tables([row("resnet50", options=["--model.weights", "WEIGHTS"])])
-    (line,) = (line for line in (project / "recipes" / "resnet50.yaml").read_text().splitlines() if "Measured" in line)
-    assert "one seed: test top-1 54.3 %" in line and "not ImageNet" in line
+def test_a_recipe_says_what_its_own_row_measured(project, args):
+    def measured():
+        text = (project / "recipes" / "resnet50.yaml").read_text()
+        (line,) = (line for line in text.splitlines() if "Measured" in line)
+        return line
+
+    own = write(row("resnet50", options=["--model.weights", "WEIGHTS"]), [0.5432])
+    other = write(row("other", part="beat", options=["--phases.head.epochs", "1"]), [0.9])
+    results.write_tables([own, other], args.runs)
+    assert "one seed: test top-1 54.3 %" in measured() and "not ImageNet" in measured()
 
 
-def test_no_figure_in_the_tables_was_typed_by_hand(project):
+def test_a_file_without_its_marks_is_named(project, args):
+    (project / "README.md").write_text("No marks.")
+    with pytest.raises(UserError, match=r"README.md: .*results: summary.* should match once, and does 0 times"):
+        results.write_tables([], args.runs)
+
+
+def test_damage_is_told(project, args):
+    it = write(row("one"), [0.5])
+    (results.RESULTS / "one-seed0" / "predictions" / "robustness.json").write_text("{")
+    with pytest.raises(UserError, match=r"one-seed0 is damaged: predictions/robustness\.json is left out"):
+        results.write_tables([it], args.runs)
+
+
+def test_no_figure_in_the_tables_was_typed_by_hand(project, args):
     """The committed tables are what the committed files give."""
-    results.write_tables(results.read_plan(project / "docs" / "results" / "plan.yaml"))
+    results.write_tables(results.read_plan(project / "docs" / "results" / "plan.yaml"), args.runs)
     for path in ("README.md", "docs/results.md", *(f"recipes/{it.name}" for it in (ROOT / "recipes").glob("*.yaml"))):
         assert (project / path).read_text() == (ROOT / path).read_text(), path
 
 
 def test_kept_files_name_no_place_on_this_machine():
-    for path in (ROOT / "docs" / "results").rglob("*"):
-        if path.is_file():
-            assert str(ROOT) not in path.read_text()
-            assert "/data/" not in path.read_text()
-
-
-def test_what_is_kept_is_text_without_this_machines_paths(project, tmp_path):
-    run = tmp_path / "runs" / "one-seed0"
-    run_folders.write_run(run, {"head": 2}, data={"source": "/home/somebody/cifar100"})
-    run_folders.write_predictions(run, run_folders.corrupted("robustness", source="/home/somebody/cifar100"))
-    (run / "made.json").write_text("{}")
-    args = results.argparse.Namespace(data="/home/somebody/cifar100", weights=None, runs=tmp_path / "runs")
-    results.keep(args, run)
-    kept = project / "docs" / "results" / "one-seed0"
-    names = {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()}
-    assert names == {"config.yaml", "history.jsonl", "summary.json", "made.json", "predictions/robustness.json"}
-    assert "source: DATA" in (kept / "config.yaml").read_text()
-    assert "somebody" not in (kept / "predictions" / "robustness.json").read_text()
-
-
-def test_the_list_says_what_is_missing(command):
-    result = command("benchmarks/results.py")
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) >= 3
-
-
-def test_an_unknown_row_is_named(command):
-    result = command("benchmarks/results.py", "--run", "nothing")
-    assert result.returncode == 2
-    assert "--run: there is no row nothing" in result.stderr
+    for path in (ROOT / "docs" / "results").glob("*/config.yaml"):
+        config = yaml.safe_load(path.read_text())
+        assert (config["data"]["source"], config["output_dir"]) == ("DATA", "runs")
+        assert config["model"]["weights"] in (None, "WEIGHTS")
