@@ -33,7 +33,7 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path
         raise
     except Exception as error:  # each library has its own type, or none: most are a RuntimeError with a text
         text = str(error)
-        if should_reduce_batch_size(error):
+        if out_of_memory(error):
             device = accelerator.device.type
             raise UserError(
                 f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
@@ -56,6 +56,11 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path
 
 FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")  # torch's writer gives no reason
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket", "NCCL")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory did not suffice: those that Accelerate knows, and oneDNN's on a CPU."""
+    return should_reduce_batch_size(error) or "could not create a primitive" in str(error)
 
 
 def fitting_micro_batch(
@@ -88,11 +93,11 @@ def fitting_micro_batch(
             for phase in config.phases.values():
                 _try_step(accelerator, model, phase, transform, (micro_batch_size, 3, *size))
         except Exception as raised:
-            if not should_reduce_batch_size(raised):
+            if not out_of_memory(raised):
                 raise
             error = raised.with_traceback(None)  # which holds the tensors that did not fit
         if agreed(accelerator, error is not None):
-            raise error or torch.OutOfMemoryError("CUDA out of memory. (on another process)")
+            raise torch.OutOfMemoryError("it is out of memory. (here, or on another process)") from error
         return micro_batch_size
 
     try:

@@ -61,7 +61,6 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
         torch.set_num_threads(cores_per_process())
     if kind == "cpu":
-        _keep_memory()
         # Of a 1x1 convolution on channels_last images, whose gradient is laid out otherwise and equal all the same.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return accelerator
@@ -140,7 +139,7 @@ def ended(accelerator: Accelerator):
 def _leave(accelerator: Accelerator) -> None:
     gc.collect()  # a phase's wrapped models, which refer to themselves
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    accelerator.state.destroy_process_group()  # not end_training(), which waits for a tracker that may be gone
 
 
 def precision_of_training(config: Config) -> str | None:
@@ -175,12 +174,13 @@ def _has_bf16(device: torch.device) -> bool:
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def _keep_memory() -> None:
-    """Let glibc's allocator keep what is freed, as it will be wanted again in the next step.
+def keep_memory(device: torch.device) -> None:
+    """Training on a CPU: let glibc's allocator keep what is freed, as it will be wanted again in the next step.
 
-    Otherwise each step's activations are given back to the kernel and fetched anew, page by page.
+    Otherwise each step's activations are given back to the kernel and fetched anew, page by page. Not for trial steps:
+    what too large a one has taken would be missing for the next.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)

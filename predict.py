@@ -186,6 +186,7 @@ def predict(args: argparse.Namespace, config: Config) -> None:
     # A run of a GPU is judged on any machine: these two are about training there.
     config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and torch.cuda.is_available())
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
+    launch.keep_memory(accelerator.device)
     folder = args.run / "predictions"
     with together(accelerator), writing(folder):
         folder.mkdir(exist_ok=True)

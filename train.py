@@ -95,6 +95,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, train_transform, size, share)
             config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
+        launch.keep_memory(accelerator.device)
         accelerator.gradient_accumulation_steps = share // micro_batch_size
         if config.sync_batch_norm:  # not before the trial steps, in which processes must not wait for one another
             model = models.synchronised(model)

@@ -45,6 +45,7 @@ def measure(args) -> None:
 
     config = loops.config_of(PHASES[0], "embedded", args.batch_size, "runs")
     accelerator = launch.make_accelerator(config)
+    launch.keep_memory(accelerator.device)
     share = args.batch_size // accelerator.num_processes
     images = torch.randn(share, 3, 32, 32, device=accelerator.device)
     labels = torch.randint(100, (share,), device=accelerator.device)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 import hub
 from commandline import parse
+from config import PLAIN_NAME
 from errors import USAGE, UserError, told
 
 PATCHES = {}  # by name
@@ -48,7 +49,7 @@ def drifting_batch_norm():
 
 
 @named
-def other_normalisation_in_evaluation():
+def other_normalisation():
     """Validation and test with CIFAR-100's mean and deviation, not the weights' own. Not predict.py."""
     import augment
     import models
@@ -57,7 +58,7 @@ def other_normalisation_in_evaluation():
         def build_differently(config, cfg, device):
             other = cfg | {"mean": models.CIFAR100_MEAN, "std": models.CIFAR100_STD}
             if other == cfg:
-                raise UserError("other_normalisation_in_evaluation: these weights were trained with CIFAR-100's own")
+                raise UserError("other_normalisation: these weights were trained with CIFAR-100's own")
             return build(config, cfg, device)[0], build(config, other, device)[1]
 
         return build_differently
@@ -404,7 +405,7 @@ def glibc_as_it_is():
     """The allocator gives memory back to the system and asks for it anew, in each step."""
     import launch
 
-    patch(launch, "_keep_memory", lambda _: lambda: None)
+    patch(launch, "keep_memory", lambda _: lambda device: None)
 
 
 @named
@@ -464,6 +465,8 @@ def main() -> None:
             parser.error(f"{both[0]} and {both[1]} don't go together")
     config, resume = parse(rest)
     suffix = "".join(f".{name}" for name in args.patches)
+    if len(config.recipe + suffix) > PLAIN_NAME["max_length"]:
+        parser.error("that many patches have no room in the recipe's name, which says them; name fewer")
     if resume and not config.recipe.endswith(suffix):
         raise UserError(f"--resume: {resume} was started as {config.recipe}, not with these patches", USAGE)
     if resume and "ema" in args.patches:

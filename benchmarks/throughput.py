@@ -53,6 +53,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
 
     config = loops.config_of(case, "embedded", batch_size, "runs")
     device = launch.make_accelerator(config).device
+    launch.keep_memory(device)
     name, phase, modules = CASES[case]
 
     plain, last = torch.contiguous_format, torch.channels_last

@@ -112,15 +112,15 @@ def test_the_micro_batch_is_halved_until_it_fits_and_recorded(command, tmp_path)
 class Small(torch.nn.Module):
     """Has memory for so many images."""
 
-    def __init__(self, images: int):
+    def __init__(self, images: int, told: str = "CUDA out of memory. Tried to allocate 2.00 GiB."):
         super().__init__()
-        self.images, self.seen = images, []
+        self.images, self.told, self.seen = images, told, []
         self.head = torch.nn.Linear(3, 2)
 
     def forward(self, images):
         self.seen.append(len(images))
         if len(images) > self.images:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise RuntimeError(self.told)
         return self.head(images.mean((2, 3)))
 
 
@@ -135,6 +135,12 @@ def fitting(make_config, model, share):
 @pytest.mark.parametrize(("share", "fits"), [(64, 16), (48, 12), (36, 9), (30, 15), (16, 16), (17, 1)])
 def test_sizes_that_divide_the_share_are_tried_downwards(make_config, share, fits):
     assert fitting(make_config, Small(16), share) == fits
+
+
+def test_onednn_has_its_own_words_for_memory_that_is_short(make_config):
+    assert fitting(make_config, Small(16, "could not create a primitive"), 64) == 16
+    with pytest.raises(RuntimeError, match="of another kind"):
+        fitting(make_config, Small(16, "of another kind"), 64)
 
 
 def test_trying_leaves_the_model_and_the_random_state_as_they_were(make_config):

@@ -106,8 +106,8 @@ def test_frozen_batch_norms_drift_again(patched):
     assert not model.bn1.running_mean.equal(before)
 
 
-def test_another_normalisation_in_evaluation_alone(patched):
-    patched("other_normalisation_in_evaluation")
+def test_another_normalisation_alone(patched):
+    patched("other_normalisation")
     config = check({"phases": {"train": {"modules": "all", "epochs": 1, "lr": 1}}}, "test")
     cpu = torch.device("cpu")
     training, evaluation = augment.build(config, {"mean": (0.5,) * 3, "std": (0.5,) * 3}, cpu)
@@ -199,7 +199,7 @@ def test_mistakes_are_told_in_a_line(command, line, said):
 @pytest.mark.parametrize(
     "names",
     [
-        "drifting_batch_norm other_normalisation_in_evaluation label_smoothing no_decay_on_norms ema",
+        "drifting_batch_norm other_normalisation label_smoothing no_decay_on_norms ema",
         "mixup trivial_augment layer_decay",
         "unaugmented cutmix erasing noise_and_blur",
     ],
