@@ -60,21 +60,20 @@ class Row(BaseModel):
     options: list[str] = []
     patches: list[str] = []
     seeds: list[int] = Field([0], min_length=1)
-    precision: Literal["no", "bf16", "fp16"] = "bf16"
     robustness: bool = True
 
     def runs(self) -> dict[str, list[str]]:
-        """The commands by the names of their runs, with DATA and WEIGHTS in them."""
+        """Commands without their launcher, with DATA and WEIGHTS in them, by the names of the runs."""
         script = ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
-        command = [*launch(self.precision), *script, "--config", f"recipes/{self.recipe}.yaml", "--data.source", "DATA"]
+        command = [*script, "--config", f"recipes/{self.recipe}.yaml", "--data.source", "DATA"]
         command += [*self.options, "--tracking", "none"]
         names = {seed: f"{self.name}-seed{seed}" for seed in self.seeds}
         return {name: [*command, "--seed", str(seed), "--run_name", name] for seed, name in names.items()}
 
     def resume(self, folder: Path) -> list[str]:
-        """The command that goes on with a run."""
+        """What goes on with a run."""
         script = ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
-        return [*launch(self.precision), *script, "--resume", str(folder)]
+        return [*script, "--resume", str(folder)]
 
 
 def launch(precision: str) -> list[str]:
@@ -124,7 +123,12 @@ def note_of(runs: Path, run: str) -> Path:
 def complete(row: Row, run: str, args) -> None:
     """Train a run, or go on with it, judge it, and keep its small files."""
     folder, note, command = args.runs / run, note_of(args.runs, run), row.runs()[run]
-    made = {"command": shlex.join(command), "machine": turns.conditions(), "sessions": []}
+    made = {
+        "command": shlex.join(command),
+        "precision": args.mixed_precision,
+        "machine": turns.conditions(),
+        "sessions": [],
+    }
     if note.is_file():
         made = json.loads(note.read_text())
     elif folder.exists():
@@ -142,9 +146,10 @@ def complete(row: Row, run: str, args) -> None:
 
     args.runs.mkdir(parents=True, exist_ok=True)
     if not (folder / "summary.json").is_file():
-        session(*(row.resume(folder) if folder.is_dir() else [*command, "--output_dir", str(args.runs)]))
+        own = row.resume(folder) if folder.is_dir() else [*command, "--output_dir", str(args.runs)]
+        session(*launch(made["precision"]), *own)
     if row.robustness and not (folder / ROBUSTNESS).is_file():
-        code, _ = execute(args, [*launch(row.precision), "predict.py", str(folder), "--robustness"], folder)
+        code, _ = execute(args, [*launch(made["precision"]), "predict.py", str(folder), "--robustness"], folder)
         if code:
             raise UserError(f"{run}: judging it has ended with exit code {code}, for the reason above")
     keep(row, folder, note)
@@ -283,7 +288,7 @@ def how(rows: Finished) -> str:
         machines = sorted({f"{it['machine']['device']}, {it['machine']['machine']}" for it in made})
         seeds = f", and seeds {', '.join(map(str, row.seeds[1:]))}" if found[1:] else ""
         lines.append(
-            f"- {row.what}: `{made[0]['command']}`{seeds} "
+            f"- {row.what}: `{shlex.join([*launch(made[0]['precision']), *shlex.split(made[0]['command'])])}`{seeds} "
             f"({', '.join(machines)}; commit {', '.join(commits)}; {', '.join(dates)})"
         )
     return "\n".join(lines)
@@ -309,8 +314,9 @@ def measured(row: Row, found: list[Figures]) -> str:
     """A recipe's measured line."""
     seeds = f"{len(found)} seeds" if found[1:] else "one seed"
     weights = " from Tiny ImageNet weights (not ImageNet)," if row.options else ""
+    precision = found[0]["made"]["precision"].replace("no", "fp32")
     return (
-        f"Measured on CIFAR-100,{weights} {row.precision}, {found[0]['made']['machine']['device']}, {seeds}: "
+        f"Measured on CIFAR-100,{weights} {precision}, {found[0]['made']['machine']['device']}, {seeds}: "
         f"test top-1 {COLUMNS['test top-1 %'](found)} %. Conditions: docs/results.md."
     )
 
@@ -341,6 +347,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="rebuild the tables")
     parser.add_argument("--data", default="uoft-cs/cifar100", help="CIFAR-100: folder of parquet [the hub's]")
     parser.add_argument("--weights", help="ResNet-50 pretrained on Tiny ImageNet: .safetensors, or a run's best/")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of new runs [no]")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs [runs]")
     args = parser.parse_args()
     args.runs = args.runs.absolute()

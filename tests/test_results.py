@@ -39,7 +39,12 @@ def row(name, **values):
 def made_of(it, run, **values):
     session = {"commit": "abc1234", "date": "2026-11-25", "peak_memory_mib": 1234}
     machine = {"device": "2 CPU cores", "machine": "x86_64"}
-    return {"command": shlex.join(it.runs()[run]), "machine": machine, "sessions": [session]} | values
+    return {
+        "command": shlex.join(it.runs()[run]),
+        "precision": "no",
+        "machine": machine,
+        "sessions": [session],
+    } | values
 
 
 def write(it, top1s, minutes=30.0, phases=None):
@@ -106,7 +111,9 @@ def test_mistakes_are_told_before_anything_is_trained(command, tmp_path, options
 
 @pytest.fixture
 def args(tmp_path):
-    return argparse.Namespace(data="/home/somebody/data", weights="/home/somebody/data/w.st", runs=tmp_path / "runs")
+    return argparse.Namespace(
+        data="/home/somebody/data", weights="/home/somebody/data/w.st", runs=tmp_path / "runs", mixed_precision="bf16"
+    )
 
 
 def scripted(monkeypatch, *ends):
@@ -183,7 +190,7 @@ def test_a_folder_that_nobody_knows_is_left_alone(project, args):
 @pytest.mark.slow
 def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", ROOT)
-    args = argparse.Namespace(data=str(parquet), weights=None, runs=tmp_path / "runs")
+    args = argparse.Namespace(data=str(parquet), weights=None, runs=tmp_path / "runs", mixed_precision="no")
     options = ["--phases.train.epochs", "1", "--data.workers", "0"]
     it = row("small", recipe="demo_scratch", options=options, patches=["label_smoothing"])
     results.complete(it, "small-seed0", args)
