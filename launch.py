@@ -150,10 +150,16 @@ def precision_of_training(config: Config) -> str | None:
 
 
 def hint_at_bf16(accelerator: Accelerator) -> None:
-    """Say so if bf16 is left unused by a device that has instructions for it."""
-    if accelerator.mixed_precision == "no" and _has_bf16(accelerator.device):
+    """Say so if bf16 is left unused by a device that has instructions for it, or used by one that has none."""
+    has = has_bf16(accelerator.device)
+    if accelerator.mixed_precision == "no" and has:
         accelerator.print(
             "hint: this machine computes in bf16, too, mostly faster: accelerate launch --mixed_precision bf16 ..."
+        )
+    if accelerator.mixed_precision == "bf16" and has is False:
+        accelerator.print(
+            f"warning: this {accelerator.device.type.upper()} has no instructions for bf16 and emulates it, many times "
+            "slower than --mixed_precision no"
         )
 
 
@@ -166,12 +172,13 @@ def in_its_layout(model: torch.nn.Module, device: torch.device) -> torch.nn.Modu
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
 
 
-def _has_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bf16; where torch can't tell, False."""
+def has_bf16(device: torch.device) -> bool | None:
+    """Whether a device has instructions for bf16; None where torch can't tell."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    names = [name for name in ("avx512_bf16", "amx_bf16") if name in able]
+    return any(able[name] for name in names) if names else None
 
 
 def keep_memory(device: torch.device) -> None:

@@ -3,9 +3,10 @@
     python benchmarks/levers.py --data CIFAR100                           # prints a table, writes levers.json
     python benchmarks/levers.py --cases resnet50:head --levers folding
 
-A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16:
-1.50 means that it makes an epoch's training half as fast again. What train.py has is taken out for this, by patches
-(patches.py), and what it has not is put in ("not used"). Whole epochs, taking turns; the median of the rounds' ratios.
+A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16
+(fp32 where that would be emulated): 1.50 means that it makes an epoch's training half as fast again. What train.py has
+is taken out for this, by patches (patches.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
+the median of the rounds' ratios.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from errors import told
 FROZEN = ("resnet50:head", "resnet50:finetune")
 ALL = ("deep_cnn", *FROZEN)
 LEVERS = {  # patches with the lever, patches without it, the cases to measure it for
-    "bf16": ([], ["fp32"], ALL),
+    "bf16": (["bf16"], ["fp32"], ALL),
     "images_channels_last": ([], ["contiguous"], ALL),
     "weights_contiguous": ([], ["weights_channels_last"], ALL),
     "frozen_in_eval_mode": (["unfolded"], ["drifting_batch_norm"], FROZEN),
@@ -36,7 +37,8 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "compile": (["compiled"], [], ALL),
 }
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
-OTHERWISE = ("fp32", "decoding")  # no patches: by the launcher's precision, and by an option
+PRECISIONS = {"bf16": "bf16", "fp32": "no"}
+OTHERWISE = ("bf16", "fp32", "decoding")  # no patches: by the launcher's precision, and by an option
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -56,7 +58,8 @@ def child(args) -> None:
 def measure(case: str, args, folder: Path) -> list[dict]:
     def start(patches, source):
         options = ["--cases", case, "--data", source, "--batch_size", args.batch_size]
-        return turns.Process(",".join(patches), *options, precision="no" if "fp32" in patches else "bf16")
+        precision = next((PRECISIONS[name] for name in patches if name in PRECISIONS), None)
+        return turns.Process(",".join(patches), *options, precision=precision)
 
     # First a guess at the rate, which says how many rows a turn takes.
     source = turns.subset(args.data, 20 * args.batch_size, folder)

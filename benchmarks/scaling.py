@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --parts rows --rows 1000 10000   # one of them
     python benchmarks/scaling.py --parts start --data CIFAR100    # with data of your own
 
-size    ResNet-50, layer3, layer4 and head training, bf16, batch 64: rate and peak memory by image size
+size    ResNet-50, layer3, layer4 and head training, batch 64: rate and peak memory by image size
 batch   the same at 32x32 by batch size. Rates of both are relative to 32x32 and batch 64, measured in turns with it
 rows    SimpleCNN over one streamed epoch of embedded images, none of them kept: peak memory by the number of rows,
         workers included
@@ -166,7 +166,7 @@ def start_of_a_run(args) -> list[dict]:
         began = time.perf_counter()
         subprocess.run([sys.executable, "-c", f"import {LIBRARIES}"], check=True)
         imports = time.perf_counter() - began
-        launcher = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "bf16")
+        launcher = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", turns.fast_precision())
         process = turns.Process("start", "--data", args.data, "--began", time.time(), launcher=launcher)
         process.end()
         rows.append({"part": "start", "bare_imports": round(imports, 2)} | process.ready)

@@ -5,10 +5,10 @@
 
 Both fine-tune ResNet-50 from the same weights, as recipes/resnet50.yaml says: the same modules, optimizer, learning
 rates, plateau, batch size, training and validation rows. The usual loop (`plain` of throughput.py) trains 10 epochs of
-each phase; the validation top-1 that it ends with is the target. train.py, in bf16, has 10 epochs of the head and then
-as many of fine-tuning as it takes. They take turns: after each epoch of the usual loop train.py trains until it has
-caught up with that one's top-1. Validation counts for both; decoding the images, checkpoints and history count for
-train.py, whereas the usual loop is given its images decoded.
+each phase; the validation top-1 that it ends with is the target. train.py, in bf16 where that is not emulated, has 10
+epochs of the head and then as many of fine-tuning as it takes. They take turns: after each epoch of the usual loop
+train.py trains until it has caught up with that one's top-1. Validation counts for both; decoding the images,
+checkpoints and history count for train.py, whereas the usual loop is given its images decoded.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def plot(rows: list[dict], judged: dict, device: str, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     whole = max(row["seconds"] for row in rows if row["variant"] == "plain")
-    for name, label in zip(VARIANTS, ("the usual loop, fp32", "train.py, bf16"), strict=True):
+    for name, label in zip(VARIANTS, ("the usual loop", "train.py"), strict=True):
         own = [row for row in rows if row["variant"] == name]
         times = [row["seconds"] / whole for row in own]
         axes.plot(times, [100 * row["val_top1"] for row in own], marker="o", markersize=4, label=label)

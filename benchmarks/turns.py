@@ -92,13 +92,13 @@ class Process:
 
     Args:
         arguments: of the running script, which is started again with them.
-        precision: Accelerate's mixed precision.
+        precision: Accelerate's mixed precision; None: bf16, unless this machine would have to emulate it.
         launcher: what starts it.
     """
 
-    def __init__(self, name: str, *arguments, precision: str = "bf16", launcher=(sys.executable,)):
+    def __init__(self, name: str, *arguments, precision: str | None = None, launcher=(sys.executable,)):
         command = [*launcher, sys.argv[0], *map(str, arguments), "--measure", name]
-        env = {"ACCELERATE_MIXED_PRECISION": precision, "HF_HUB_OFFLINE": "1"}
+        env = {"ACCELERATE_MIXED_PRECISION": precision or fast_precision(), "HF_HUB_OFFLINE": "1"}
         self.name, self.values, self.seconds = name, [], 0.0
         signal.signal(signal.SIGTSTP, clock.stop)
         self.process = subprocess.Popen(
@@ -124,6 +124,16 @@ class Process:
             if line.startswith('{"turn"'):
                 return json.loads(line)["turn"]
         sys.exit(f"{self.name} has ended with exit code {self.process.wait()}")
+
+
+def fast_precision() -> str:
+    """bf16, unless this machine is known to have no instructions for it."""
+    import torch
+
+    import launch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "no" if launch.has_bf16(device) is False else "bf16"
 
 
 def alternate(processes: list[Process], rounds: int) -> None:
@@ -235,6 +245,7 @@ def conditions() -> dict:
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "precision": fast_precision().replace("no", "fp32"),
     }
 
 

@@ -136,6 +136,23 @@ def test_bf16_is_hinted_at_where_the_machine_has_it_and_it_is_not_used(
     assert ("--mixed_precision bf16" in capsys.readouterr().out) == hinted
 
 
+@pytest.mark.parametrize(
+    ("has", "said"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "warning: this CPU has no instructions for bf16"),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, ""),
+        ({"neon": True}, ""),  # torch can't tell
+    ],
+)
+def test_bf16_without_instructions_for_it_is_warned_of(make_config, monkeypatch, capsys, has, said):
+    """It is emulated, and took 20 times as long as fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    launch.hint_at_bf16(launch.make_accelerator(make_config()))
+    out = capsys.readouterr().out
+    assert out.startswith(said) and bool(out) == bool(said)
+
+
 def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     launch.hint_at_bf16(launch.make_accelerator(make_config()))
