@@ -8,6 +8,7 @@ from torch import Tensor
 
 from errors import UserError
 
+CHUNK = 2**16  # rows that are computed at once: what evaluate makes of them takes several times their memory
 IGNORED = -1  # the label of a row that no loss and no figure counts: its image could not be decoded
 
 
@@ -97,8 +98,12 @@ class Classification:
             raise UserError("none of the images can be decoded")
         ignored = len(labels) - int(counted.sum())
         losses, classes, labels = losses[counted], classes[counted], labels[counted]
-        result = {"corrupt": ignored} if ignored else {}
-        result |= self.loss.compute(predictions=losses, references=labels)
-        for metric in self.metrics:
-            result |= metric.compute(predictions=classes, references=labels)
-        return result
+        result = dict.fromkeys(("loss", "top1", "top5"), 0.0)
+        for begin in range(0, len(labels), CHUNK):
+            part = slice(begin, begin + CHUNK)
+            figures = self.loss.compute(predictions=losses[part], references=labels[part])
+            for metric in self.metrics:
+                figures |= metric.compute(predictions=classes[part], references=labels[part])
+            for name, value in figures.items():
+                result[name] += value * len(labels[part]) / len(labels)
+        return result | ({"corrupt": ignored} if ignored else {})

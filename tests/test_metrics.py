@@ -62,3 +62,17 @@ def test_they_are_metrics_of_the_evaluate_library():
     loss.add_batch(predictions=[1.0, 2.0], references=[0, 0])
     loss.add_batch(predictions=[6.0], references=[0])
     assert loss.compute() == {"loss": 3.0}
+
+
+def test_rows_are_computed_in_parts_to_the_same_figures(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(100, 10, generator=generator), torch.randint(10, (100,), generator=generator)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    figures = []
+    for rows_at_once in (1000, 7):
+        monkeypatch.setattr("metrics.CHUNK", rows_at_once)
+        collected = Classification()
+        collected.add(*Classification.reduce(logits, labels, losses))
+        figures.append(collected.compute())
+    assert figures[1] == pytest.approx(figures[0], rel=1e-12)
+    assert 0 < figures[0]["top1"] < figures[0]["top5"] < 1
