@@ -48,13 +48,32 @@ WEIGHTS = ["--model.weights", "WEIGHTS"]
 # ---- the plan -------------------------------------------------------------------------------------------------------
 
 
+Part = Literal["reproduce", "explain", "beat"]
+
+
+class Section(BaseModel):
+    """A part of the plan: rows, and what they have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str | None = None
+    options: list[str] = []
+    robustness: bool = True
+    rows: list[dict]
+
+    def row(self, part: str, own: dict) -> "Row":
+        common = {"part": part, "robustness": self.robustness} | ({"recipe": self.recipe} if self.recipe else {})
+        options = [*self.options, *own.get("options", [])]
+        return Row.model_validate(common | own | {"options": options})
+
+
 class Row(BaseModel):
     """A row of the tables: one or more runs that differ by their seed alone."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(**PLAIN_NAME)]
-    part: Literal["reproduce", "explain", "beat"]
+    part: Part
     what: str = Field(min_length=1)
     recipe: Annotated[str, Field(**PLAIN_NAME)]
     options: list[str] = []
@@ -83,7 +102,8 @@ def launch(precision: str) -> list[str]:
 def read_plan(path: Path) -> list[Row]:
     """The plan's rows; UserError if it can't be read or names what is not there."""
     try:
-        plan = TypeAdapter(list[Row]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        sections = TypeAdapter(dict[Part, Section]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        plan = [section.row(part, row) for part, section in sections.items() for row in section.rows]
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", USAGE) from None
@@ -273,9 +293,25 @@ Finished = list[tuple[Row, list[Figures]]]
 
 def table(rows: Finished, columns) -> str:
     """Markdown: a line for each row that has a finished run."""
-    lines = [["", "seeds", *columns], ["---"] * (len(columns) + 2)]
-    lines += [[row.what, str(len(found)), *(COLUMNS[column](found) for column in columns)] for row, found in rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    lines = [[row.what, str(len(found)), *(COLUMNS[column](found) for column in columns)] for row, found in rows]
+    return markdown(["", "seeds", *columns], lines)
+
+
+def ablation(rows: Finished) -> str:
+    """Markdown: each row against the first one, which each other row has one change to."""
+    columns = ("val loss", "val top-1 %", "test loss", "test top-1 %", "minutes")
+    first, lines = statistics.mean(it["test_top1"] for it in rows[0][1]), []
+    for row, found in rows:
+        gained = 100 * (statistics.mean(it["test_top1"] for it in found) - first)
+        cells = [COLUMNS[column](found) for column in columns]
+        lines.append([row.what, str(len(found)), "" if found is rows[0][1] else f"{gained:+.1f}", *cells])
+    return markdown(["", "seeds", "points of test top-1", *columns], lines)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in [head, ["---"] * len(head), *lines]
+    )
 
 
 def how(rows: Finished) -> str:
@@ -330,7 +366,8 @@ def write_tables(plan: list[Row], runs: Path) -> None:
             finished.append((row, [figures(RESULTS / run) for run in done]))
     for part in ("reproduce", "explain", "beat"):
         own = [(row, found) for row, found in finished if row.part == part]
-        put_table(ROOT / "docs" / "results.md", part, f"{table(own, COLUMNS)}\n\n{how(own)}" if own else "Nothing yet.")
+        made = ablation(own) if own and part == "explain" else table(own, COLUMNS)
+        put_table(ROOT / "docs" / "results.md", part, f"{made}\n\n{how(own)}" if own else "Nothing yet.")
     main = [(row, found) for row, found in finished if row.part != "explain"]
     put_table(ROOT / "README.md", "summary", table(main, SHORT) if main else "Nothing yet.")
     for row, found in main:

@@ -73,11 +73,12 @@ def test_the_plan_is_sound():
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("- {name: a, part: reproduce, what: it, recipe: nowhere}", "a: there is no"),
-        ("- {name: a, part: reproduce, what: it, recipe: resnet50, patches: [magic]}", "a: there is no patch magic"),
-        ("- {name: a, part: magic, what: it, recipe: resnet50}", "0.part: Input should be"),
-        ("- {name: a, part: beat, what: it, recipe: resnet50}\n" * 2, "a is there twice"),
-        ("- {name: a", "can't be read"),
+        ("beat: {rows: [{name: a, what: it, recipe: nowhere}]}", "a: there is no"),
+        ("beat: {rows: [{name: a, what: it}]}", "recipe: Field required"),
+        ("beat: {recipe: resnet50, rows: [{name: a, what: it, patches: [magic]}]}", "a: there is no patch magic"),
+        ("magic: {rows: []}", "magic.*: Input should be"),
+        ("beat: {recipe: resnet50, rows: [{name: a, what: it}, {name: a, what: it}]}", "a is there twice"),
+        ("beat: {", "can't be read"),
     ],
 )
 def test_a_mistake_in_the_plan_is_named(tmp_path, text, said):
@@ -219,6 +220,14 @@ def test_tables_hold_what_the_files_say(project, args):
     assert "what missing is" not in text
     assert "abc1234" in text and "2 CPU cores" in text
     assert "| what three is | 3 |" in (project / "README.md").read_text()
+
+
+def test_what_a_change_brings_is_against_the_sections_first_row(project, args):
+    base, other = (write(row(name, part="explain"), [top1]) for name, top1 in (("base", 0.5), ("other", 0.473)))
+    results.write_tables([base, other], args.runs)
+    lines = (project / "docs" / "results.md").read_text().splitlines()
+    assert any(line.startswith("| what base is | 1 |  |") for line in lines)
+    assert any(line.startswith("| what other is | 1 | -2.7 |") for line in lines)
 
 
 def test_a_recipe_says_what_its_own_row_measured(project, args):

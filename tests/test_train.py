@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import forget_accelerate, phase
+from conftest import ROOT, forget_accelerate, phase
 from safetensors.torch import load_file
 
 import train
@@ -319,3 +319,18 @@ def test_profile_writes_a_trace_of_each_phase(make_config, capsys):
         with gzip.open(path, "rt") as file:
             events = {event.get("name") for event in json.load(file)["traceEvents"]}
         assert {"aten::convolution", "ProfilerStep#3"} <= events
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
+def test_every_recipe_trains(command, tmp_path, recipe):
+    """An epoch of each of its phases, from scratch, on a few images."""
+    phases = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["phases"]
+    result = command(
+        "train.py", "--config", f"recipes/{recipe}.yaml", "--data.source", "embedded", "--data.embedded_rows", "200",
+        "--data.test_split", "test", "--data.batch_size", "32", "--data.workers", "0", "--model.pretrained", "false",
+        *(word for name in phases for word in (f"--phases.{name}.epochs", "1")), "--tracking", "none",
+        "--output_dir", str(tmp_path), "--run_name", "run", timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == len(phases)
