@@ -235,7 +235,7 @@ def test_two_processes_find_what_one_does(run, command, files, pictures):
     shutil.rmtree(run / "predictions")
     script = """
 import json, sys, accelerate, predict
-accelerate.Accelerator.end_training = lambda _: None  # only the last one's end is that of the processes
+accelerate.PartialState.destroy_process_group = lambda *_: None  # only the last one's end is that of the processes
 for options in json.loads(sys.argv[1]):
     predict.predict(*predict.parse(options))
 """
