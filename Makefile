@@ -12,9 +12,6 @@ NOW := $(shell date +%Y%m%d-%H%M%S)
 DEMO_RUNS = runs/demo-pretrain-$(NOW) runs/demo-finetune-$(NOW) runs/demo-scratch-$(NOW)
 LAUNCH = $(BIN)/accelerate launch --config_file accelerate_config.yaml train.py
 
-DATA ?=
-WEIGHTS ?=
-
 .PHONY: demo results test lint install
 install: $(VENV)/installed
 

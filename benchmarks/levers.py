@@ -5,7 +5,7 @@
 
 A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16
 (fp32 where that would be emulated): 1.50 means that it makes an epoch's training half as fast again. What train.py has
-is taken out for this, by patches (patches.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
+is taken out for this, by patches (speed.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
 the median of the rounds' ratios.
 """
 
@@ -38,7 +38,7 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
 }
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}
-OTHERWISE = ("bf16", "fp32", "decoding")  # no patches: by the launcher's precision, and by an option
+OTHERWISE = (*PRECISIONS, "decoding")  # no patches: by the launcher's precision, and by an option
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------

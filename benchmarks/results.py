@@ -81,18 +81,20 @@ class Row(BaseModel):
     seeds: list[int] = Field([0], min_length=1)
     robustness: bool = True
 
+    @property
+    def script(self) -> list[str]:
+        return ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
+
     def runs(self) -> dict[str, list[str]]:
         """Commands without their launcher, with DATA and WEIGHTS in them, by the names of the runs."""
-        script = ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
-        command = [*script, "--config", f"recipes/{self.recipe}.yaml", "--data.source", "DATA"]
+        command = [*self.script, "--config", f"recipes/{self.recipe}.yaml", "--data.source", "DATA"]
         command += [*self.options, "--tracking", "none"]
         names = {seed: f"{self.name}-seed{seed}" for seed in self.seeds}
         return {name: [*command, "--seed", str(seed), "--run_name", name] for seed, name in names.items()}
 
     def resume(self, folder: Path) -> list[str]:
         """What goes on with a run."""
-        script = ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
-        return [*script, "--resume", str(folder)]
+        return [*self.script, "--resume", str(folder)]
 
 
 def launch(precision: str) -> list[str]:
@@ -321,7 +323,9 @@ def how(rows: Finished) -> str:
         made = [it["made"] for it in found]
         commits = sorted({session["commit"] for it in made for session in it["sessions"]})
         dates = sorted({session["date"] for it in made for session in it["sessions"]})
-        machines = sorted({f"{it['machine']['device']}, {it['machine']['machine']}" for it in made})
+        machines = sorted(
+            {", ".join(it["machine"][key] for key in ("device", "machine", "cpu_capability")) for it in made}
+        )
         seeds = f", and seeds {', '.join(map(str, row.seeds[1:]))}" if found[1:] else ""
         lines.append(
             f"- {row.what}: `{shlex.join([*launch(made[0]['precision']), *shlex.split(made[0]['command'])])}`{seeds} "

@@ -12,6 +12,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import patches
+import patching
 
 import augment
 import checkpoint
@@ -31,7 +32,7 @@ def patched(monkeypatch):
     def patch(module, name, make):
         monkeypatch.setattr(module, name, make(getattr(module, name)))
 
-    monkeypatch.setattr(patches, "patch", patch)
+    monkeypatch.setattr(patching, "patch", patch)
     return lambda name: patches.PATCHES[name]()
 
 

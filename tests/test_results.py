@@ -38,7 +38,7 @@ def row(name, **values):
 
 def made_of(it, run, **values):
     session = {"commit": "abc1234", "date": "2026-11-25", "peak_memory_mib": 1234}
-    machine = {"device": "2 CPU cores", "machine": "x86_64"}
+    machine = {"device": "2 CPU cores", "machine": "x86_64", "cpu_capability": "AVX2"}
     return {
         "command": shlex.join(it.runs()[run]),
         "precision": "no",
@@ -218,7 +218,7 @@ def test_tables_hold_what_the_files_say(project, args):
     assert "| 7, 17 |" in one  # epochs after which the history's lr falls
     assert "| 3 |" in three and "| 62.0 ± 2.0 |" in three and "+10.0 ± 0.0 in one epoch" in three
     assert "what missing is" not in text
-    assert "abc1234" in text and "2 CPU cores" in text
+    assert "abc1234" in text and "2 CPU cores, x86_64, AVX2" in text
     assert "| what three is | 3 |" in (project / "README.md").read_text()
 
 

@@ -1,0 +1,111 @@
+"""Patches that change how fast it is learned, and nothing else: what levers.py takes out of train.py, or puts in."""
+
+import patching
+
+
+@patching.named
+def unfolded():
+    """Frozen batch norms stay what they are, instead of becoming part of their convolutions."""
+    import folding
+
+    patching.patch(folding, "fold", lambda _: lambda *_: 0)
+
+
+@patching.named
+def contiguous():
+    """Images in torch's default memory layout, as weights are, instead of channels_last."""
+    import torch
+
+    patching.patch(torch, "channels_last", lambda _: torch.contiguous_format)
+
+
+@patching.named
+def weights_channels_last():
+    """Weights in channels_last, as images are, instead of torch's default memory layout."""
+    import torch
+
+    import launch
+
+    patching.patch(launch, "in_its_layout", lambda _: lambda model, _: model.to(memory_format=torch.channels_last))
+
+
+@patching.named
+def unfused():
+    """Optimizers that update one tensor after the other."""
+    import phases
+
+    def make(real):
+        class Unfused(real):
+            found_inf = property(lambda self: None, lambda self, value: None)  # only fused ones may be told
+
+            def __init__(self, parameters, fused, **options):
+                super().__init__(parameters, **options)
+
+        return Unfused
+
+    for name in ("Adam", "AdamW", "SGD"):
+        patching.patch(phases, name, make)
+
+
+@patching.named
+def read_in_each_step():
+    """Loss and accuracy as Python numbers after each step."""
+    from metrics import Classification
+
+    def reading(add):
+        def read_and_add(self, losses, classes, labels):
+            losses.mean().item(), (classes[:, 0] == labels).sum().item()
+            add(self, losses, classes, labels)
+
+        return read_and_add
+
+    patching.patch(Classification, "add", reading)
+
+
+@patching.named
+def one_thread():
+    """What accelerate launch sets a CPU training to."""
+    import launch
+
+    patching.patch(launch, "cores_per_process", lambda _: lambda: 1)
+
+
+@patching.named
+def glibc_as_it_is():
+    """The allocator gives memory back to the system and asks for it anew, in each step."""
+    import launch
+
+    patching.patch(launch, "keep_memory", lambda _: lambda device: None)
+
+
+@patching.named
+def no_grad_trunk():
+    """ResNet's frozen beginning under an explicit no_grad."""
+    import torch
+    from timm.models.resnet import ResNet
+
+    def forward_features(self, images):
+        stages = (self.conv1, self.bn1, self.act1, self.maxpool, self.layer1, self.layer2, self.layer3, self.layer4)
+        for stage in stages:
+            frozen = not any(parameter.requires_grad for parameter in stage.parameters())
+            with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
+                images = stage(images)
+        return images
+
+    patching.patch(ResNet, "forward_features", lambda _: forward_features)
+
+
+@patching.named
+def compiled():
+    """torch.compile for the model of each phase."""
+    import folding
+
+    def compiling(fold):
+        def fold_and_compile(model, *rest):
+            count = fold(model, *rest)
+            model.compile()
+            return count
+
+        return fold_and_compile
+
+    patching.patch(folding, "fold", compiling)
