@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Dirichlet
 
 from config import Config
 
@@ -56,9 +57,101 @@ class ReportAugment(Normalize):
         factors = (1 + self.JITTER * (2 * factor - 1) for factor in (brightness, saturation, contrast))
         images = jitter(images, *factors)
         angle = self.ROTATION * (2 * angle - 1)
-        most = [round(self.SHIFT * side) for side in images.shape[-2:]]
-        down, right = (((2 * pixels + 1) * draw).floor() - pixels for pixels, draw in zip(most, shift, strict=True))
-        return warp(images, angle, flip < 0.5, down, right)
+        return warp(images, angle=angle, flip=flip < 0.5, **crop(images, self.SHIFT, *shift))
+
+
+class AugMix(Normalize):
+    """A padded crop and a flip as in the report, then AugMix (Hendrycks et al., 2020), then `Normalize`.
+
+    Each image is blended with a blend of three chains, of one to three operations each, of itself: shapes and colours
+    vary, and the image stays recognisable. No operation is one of the corruptions that robustness is judged by
+    (corruptions.py); brightness and contrast, which the report's jitter changes, are.
+    """
+
+    CHAINS = 3
+    DEPTH = 3  # operations in a chain, at the most
+    STRENGTH = 0.3  # of an operation's largest, at the most; a third of that at the least
+
+    @torch.no_grad()
+    def augment(self, images: Tensor) -> Tensor:
+        count, device = len(images), images.device
+        flip, down, right, share = torch.rand(4, count, device=device)
+        images = warp(images, flip=flip < 0.5, **crop(images, ReportAugment.SHIFT, down, right))
+        chains = images.repeat(self.CHAINS, 1, 1, 1)
+        depth = torch.randint(1, self.DEPTH + 1, (len(chains), 1, 1, 1), device=device)
+        for done in range(self.DEPTH):
+            operation = torch.randint(len(OPERATIONS), (len(chains),), device=device)
+            strength = self.STRENGTH * (1 + 2 * torch.rand(len(chains), device=device)) / 3
+            chains = torch.where(done < depth, operate(chains, operation, strength), chains)
+        weights = Dirichlet(torch.ones(self.CHAINS, device=device)).sample((count,))
+        blend = torch.einsum("bk,kbchw->bchw", weights, chains.unflatten(0, (self.CHAINS, count)))
+        return images.lerp(blend, share.view(-1, 1, 1, 1))
+
+
+OPERATIONS = (
+    "autocontrast",
+    "equalize",
+    "posterize",
+    "solarize",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
+
+
+def operate(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
+    """One of AugMix's operations on each image, batched: first one resampling for all, then one table of colours each.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        operation: (B,) indices into OPERATIONS.
+        strength: (B,) in [0, 1]. At 1 it rotates by 30 degrees, shears by 0.3, moves by a third of the side (either
+            way), leaves no bits, and inverts all.
+    """
+    is_ = {name: operation == index for index, name in enumerate(OPERATIONS)}
+    height, width = images.shape[-2:]
+    signed = strength * (2.0 * torch.randint(2, strength.shape, device=images.device) - 1)
+    images = warp(
+        images,
+        angle=math.radians(30) * signed * is_["rotate"],
+        shear_x=0.3 * signed * is_["shear_x"],
+        shear_y=0.3 * signed * is_["shear_y"],
+        right=(width / 3 * signed).round() * is_["translate_x"],
+        down=(height / 3 * signed).round() * is_["translate_y"],
+    )
+    levels = (255 * images).round().long().flatten(2)  # (B, 3, H * W)
+    counts = torch.zeros(*levels.shape[:2], 256, device=images.device).scatter_add_(
+        2, levels, torch.ones_like(images).flatten(2)
+    )
+    strength, is_ = strength.view(-1, 1, 1), {name: chosen.view(-1, 1, 1) for name, chosen in is_.items()}
+    table = torch.arange(256.0, device=images.device).expand_as(counts)  # from old levels to new ones
+    table = torch.where(is_["autocontrast"], stretched(counts), table)
+    table = torch.where(is_["equalize"], equalised(counts), table)
+    step = 2 ** (4 + (4 * strength).floor())
+    table = torch.where(is_["posterize"], (table / step).floor() * step, table)
+    table = torch.where(is_["solarize"] & (table >= 256 * (1 - strength)), 255 - table, table)
+    return table.gather(2, levels).view_as(images) / 255
+
+
+def stretched(counts: Tensor) -> Tensor:
+    """Autocontrast: the table (B, 3, 256) that spreads each channel's levels from 0 to 255, given its histogram."""
+    levels, there = torch.arange(256.0, device=counts.device), counts > 0
+    lowest = torch.where(there, levels, 255).amin(2, keepdim=True)
+    highest = torch.where(there, levels, 0).amax(2, keepdim=True)
+    spread = ((levels - lowest) * 255 / (highest - lowest).clamp(min=1)).floor().clamp(0, 255)
+    return torch.where(highest > lowest, spread, levels)
+
+
+def equalised(counts: Tensor) -> Tensor:
+    """Equalization: the table (B, 3, 256) that makes each channel's histogram even, as far as whole levels can be."""
+    levels, there = torch.arange(256.0, device=counts.device), counts > 0
+    highest = torch.where(there, levels, 0).amax(2, keepdim=True)
+    step = ((counts.sum(2, keepdim=True) - counts.gather(2, highest.long())) / 255).floor()
+    below = counts.cumsum(2) - counts
+    even = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(0, 255)
+    return torch.where(step > 0, even, levels)
 
 
 def jitter(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
@@ -77,20 +170,32 @@ def jitter(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Ten
     return (images * saturation).add_(offset).mul_(contrast * brightness).clamp_(0, 1)
 
 
-def warp(images: Tensor, angle: Tensor, flip: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Crop, flip and rotate in one resampling (B, 3, H, W) that takes the nearest pixel; outside the image it is 0.
+def crop(images: Tensor, most: float, down: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """Whole pixels by which a crop, after padding by `most` of each side, is moved, from uniform draws (B,)."""
+    pixels = {"down": round(most * images.shape[-2]), "right": round(most * images.shape[-1])}
+    draws = {"down": down, "right": right}
+    return {name: ((2 * pixels[name] + 1) * draws[name]).floor() - pixels[name] for name in pixels}
 
-    Args:
-        angle: (B,) radians, counter-clockwise.
-        flip: (B,) bool, horizontally.
-        down, right: (B,) pixels by which the cropped window is moved from the image's place.
+
+def warp(images: Tensor, angle=0.0, flip=False, down=0.0, right=0.0, shear_x=0.0, shear_y=0.0) -> Tensor:
+    """Crop, flip, rotate, shear (B, 3, H, W) in one resampling that takes the nearest pixel; outside the image it is 0.
+
+    Args, each (B,) or one for all:
+        angle: radians, counter-clockwise.
+        flip: whether to mirror horizontally.
+        down, right: pixels by which the cropped window is moved from the image's place.
+        shear_x, shear_y: pixels by which a column, or row, is moved for each pixel along it.
     """
     height, width = images.shape[-2:]
+    given = (angle, flip, down, right, shear_x, shear_y)
+    angle, flip, down, right, shear_x, shear_y = (
+        torch.as_tensor(value, device=images.device).expand(len(images)) for value in given
+    )
     sign = torch.where(flip, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
     # From an output pixel to where it comes from, in units in which each side goes from -1 to 1.
-    column = torch.stack([sign * cos, -sign * sin * height / width, 2 * right / width], dim=1)
-    row = torch.stack([sin * width / height, cos, 2 * down / height], dim=1)
+    column = torch.stack([sign * cos, (shear_x - sign * sin) * height / width, 2 * right / width], dim=1)
+    row = torch.stack([(shear_y + sin) * width / height, cos, 2 * down / height], dim=1)
     grid = F.affine_grid(torch.stack([column, row], dim=1), images.shape, align_corners=False)
     # Nearest, as torchvision's RandomRotation: interpolation blurs 32x32 pixels so much that a model trained on them
     # sees other batch statistics than in evaluation, and loses three points of top-1 (docs/performance.md).
@@ -107,4 +212,5 @@ def build(config: Config, cfg: dict, device: torch.device) -> tuple[Normalize, N
     evaluation = Normalize(mean, std, image_size).to(device)
     if config.augment.policy == "none":
         return evaluation, evaluation
-    return ReportAugment(mean, std, image_size).to(device), evaluation
+    training = {"report": ReportAugment, "augmix": AugMix}[config.augment.policy]
+    return training(mean, std, image_size).to(device), evaluation

@@ -185,9 +185,10 @@ class DataConfig(_Section):
 class AugmentConfig(_Section):
     """What is done to training images, batched, on the device."""
 
-    policy: Literal["report", "none"] = Field(
+    policy: Literal["report", "augmix", "none"] = Field(
         "report",
-        description="report: padded crop, flip, colour jitter 0.2, rotation up to 15 degrees; none: normalise only",
+        description="report: padded crop, flip, colour jitter 0.2, rotation up to 15 degrees; augmix: padded crop, "
+        "flip, then AugMix, for robustness; none: normalise only",
     )
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from PIL import ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 import augment
@@ -166,3 +167,62 @@ def test_a_warp_that_does_nothing_changes_nothing(images):
     zeros = torch.zeros(len(images))
     out = augment.warp(images / 255, zeros, zeros.bool(), zeros, zeros)
     torch.testing.assert_close(out, images / 255, atol=1e-5, rtol=0)
+
+
+def operated(images, name, strength=0.3):
+    count = len(images)
+    operation = torch.full((count,), augment.OPERATIONS.index(name))
+    return augment.operate(images / 255, operation, torch.full((count,), strength))
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("autocontrast", ImageOps.autocontrast),
+        ("equalize", ImageOps.equalize),
+        ("posterize", lambda image: ImageOps.posterize(image, 3)),
+        ("solarize", lambda image: ImageOps.solarize(image, 180)),
+    ],
+)
+def test_augmixs_colours_are_pils(images, name, reference):
+    dull = (40 + images.float().pow(2) / 65025 * 150).to(torch.uint8)  # neither the whole range, nor evenly
+    dull[0] = 7  # of one level alone
+    dull[1, :, :20] = images[1, :, :20]  # from 0 to 255
+    expected = torch.stack([TF.pil_to_tensor(reference(TF.to_pil_image(image))) for image in dull])
+    changed = (255 * operated(dull, name)).round()
+    assert (changed - expected).abs().max() <= 1, "PIL computes in other precision"
+    assert (changed == expected).float().mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("translate_x", lambda image: TF.affine(image, 0, [3, 0], 1.0, [0.0, 0.0])),
+        ("translate_y", lambda image: TF.affine(image, 0, [0, 3], 1.0, [0.0, 0.0])),
+        ("rotate", lambda image: TF.rotate(image, 9)),
+        ("shear_x", lambda image: TF.affine(image, 0, [0, 0], 1.0, [math.degrees(math.atan(0.09)), 0.0])),
+        ("shear_y", lambda image: TF.affine(image, 0, [0, 0], 1.0, [0.0, math.degrees(math.atan(0.09))])),
+    ],
+)
+def test_augmixs_shapes_are_torchvisions_either_way(name, expected):
+    image = torch.zeros(1, 1, 32, 32)
+    image[:, :, 8:20, 10:14] = 255  # nothing that looks alike the other way
+    image[:, :, 18:20, 10:24] = 255
+    mirror = {"translate_y": TF.vflip}.get(name, TF.hflip)
+    out = operated(image.expand(64, 3, -1, -1), name)[:, :1]
+    forth, back = expected(image[0]) / 255, mirror(expected(mirror(image[0]))) / 255
+    near = torch.stack([(out - way).abs().mean((1, 2, 3)) for way in (forth, back)])
+    assert (near.amin(0) < 0.01).all(), "but for ties"
+    assert set(near.argmin(0).tolist()) == {0, 1}
+
+
+def test_augmix_blends_and_stays_within_the_images_range(images):
+    training, evaluation = pair(augment={"policy": "augmix"})
+    out = training(images) * torch.tensor(CFG["std"]).view(1, 3, 1, 1) + torch.tensor(CFG["mean"]).view(1, 3, 1, 1)
+    assert out.shape == images.shape
+    assert out.min() > -1e-4
+    assert out.max() < 1 + 1e-4
+    torch.testing.assert_close(evaluation(images), normalised(images))
+    same = training(images[:1].repeat(64, 1, 1, 1)).flatten(1)
+    assert len(torch.unique(same, dim=0)) == 64
+    assert pair(augment={"policy": "augmix"}, data={"image_size": 64})[0](images).shape == (16, 3, 64, 64)
