@@ -103,8 +103,11 @@ class DataConfig(_Section):
     test_split: str | None = Field(
         "test", description="the split to read once, after training; null: finish without test figures"
     )
-    folds: int = Field(
-        5, ge=2, description="parts that the training split is hashed into; validation is one of them, so 5 means 20 %"
+    folds: int | None = Field(
+        5,
+        ge=2,
+        description="parts that the training split is hashed into; validation is one of them, so 5 means 20 %; null: "
+        "train on all of it, without validation, and keep the last epoch's weights",
     )
     fold: int = Field(0, ge=0, description="which part is validation, 0 to folds - 1 (cross-validation: train each)")
     image_size: int | None = Field(
@@ -147,7 +150,7 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _fold_exists(self):
-        if self.fold >= self.folds:
+        if self.folds and self.fold >= self.folds:
             raise ValueError(f"fold is {self.fold}, but with {self.folds} folds it goes from 0 to {self.folds - 1}")
         return self
 
@@ -284,6 +287,14 @@ class Config(_Section):
         "that is not there yet is made, and public unless your account says otherwise; null: upload nothing",
     )
     environment: Environment | None = None
+
+    @model_validator(mode="after")
+    def _validation_where_it_decides(self):
+        for name, phase in self.phases.items():
+            if not self.data.folds and (phase.schedule == "plateau" or phase.early_stopping):
+                field = "schedule plateau" if phase.schedule == "plateau" else "early_stopping"
+                raise ValueError(f"phases.{name}.{field} needs validation, and data.folds null leaves none")
+        return self
 
     @field_validator("push_to_hub")
     @classmethod

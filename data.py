@@ -32,7 +32,7 @@ class Data:
     """An opened source. The splits hold encoded images; after `loading.keep_decoded` some are its `Pixels`."""
 
     train: Dataset | streaming.Part | None
-    validation: Dataset | streaming.Part | None
+    validation: Dataset | streaming.Part | None  # None: all rows are trained on (`data.folds` null)
     test: Dataset | streaming.Stream | None
     image: str  # column
     label: str  # column
@@ -86,9 +86,10 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     if isinstance(train, IterableDataset):
         stream = streaming.TrainingStream(train, image, on_side, config, seed)
         size = _size(stream.shuffled, image, config, config.train_split)
-        return Data(stream.training, stream.validation, test, image, label, class_labels, classes, size)
+        validation = stream.validation if config.folds else None
+        return Data(stream.training, validation, test, image, label, class_labels, classes, size)
     size = first_size(train, image, config, config.train_split)
-    training, validation = hold_out(train, image, on_side)
+    training, validation = hold_out(train, image, on_side) if config.folds else (train, None)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
         if rows is not None and not len(rows):
             raise UserError(
@@ -127,12 +128,14 @@ def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple
     raise UserError(f"{config.source}: " + (f"the split '{split}' has {found}" if split else f"there is {found}"))
 
 
-def held_out(content: bytes, folds: int, fold: int) -> bool:
-    """Whether a row is for validation, told from its image's encoded bytes.
+def held_out(content: bytes, folds: int | None, fold: int) -> bool:
+    """Whether a row is for validation, told from its image's encoded bytes; without folds none is.
 
     It depends on nothing else: not on the row's position, the number of workers, shards or processes, nor on whether it
     is streamed. Copies of an image fall on the same side.
     """
+    if folds is None:
+        return False
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") % folds == fold
 
 
@@ -369,15 +372,19 @@ def is_streamed(data: Data) -> bool:
 def facts(data: Data) -> dict:
     """What a resumed run has to find unchanged, as far as it can be told without reading the images."""
     splits = {"training rows": data.train, "validation rows": data.validation}
-    rows = {name: None if is_streamed(data) else len(split) for name, split in splits.items()}
+    rows = {name: None if is_streamed(data) or split is None else len(split) for name, split in splits.items()}
     return rows | {"classes": list(data.class_names), "first image's size": list(data.size)}
 
 
 def describe(data: Data, config: DataConfig) -> str:
-    rows = "streamed" if is_streamed(data) else f"{len(data.train)} training and {len(data.validation)} validation rows"
+    rows = "streamed"
+    if not is_streamed(data):
+        parts = {"training": data.train, "validation": data.validation}
+        rows = " and ".join(f"{len(part)} {name}" for name, part in parts.items() if part is not None) + " rows"
+    validates = f"fold {config.fold} of {config.folds} is validation" if config.folds else "no validation"
     height, width = data.size
     return (
-        f"{config.source}, {rows} (fold {config.fold} of {config.folds} is validation), {width}x{height} pixels, "
+        f"{config.source}, {rows} ({validates}), {width}x{height} pixels, "
         f"{len(data.class_names)} classes of column '{data.label}'"
     )
 

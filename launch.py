@@ -265,7 +265,8 @@ def own_generators(*loaders) -> None:
     resumed in mid-epoch would not be the uninterrupted one. Set on prepared loaders, as Accelerate drops it on the way.
     """
     for loader in loaders:
-        loader.base_dataloader.generator = torch.Generator()
+        if loader is not None:
+            loader.base_dataloader.generator = torch.Generator()
 
 
 def share_of_batch(config: Config, accelerator: Accelerator) -> tuple[int, int]:

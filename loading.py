@@ -57,6 +57,7 @@ def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches
         UserError: what `Collate` raises for a row.
     """
     splits = {"train": source.train, "validation": source.validation}
+    splits = {name: rows for name, rows in splits.items() if rows is not None}
     collate = _collate(source, "train", config)
     height, width = collate.shape
     if any(isinstance(rows, Sampler) for rows in splits.values()):
@@ -92,8 +93,8 @@ def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches
     return dataclasses.replace(source, **kept)
 
 
-def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> DataLoader:
-    """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate.
+def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> DataLoader | None:
+    """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate; None if it has no rows.
 
     Training rows are shuffled, anew each epoch (by the stream, or the sampler that Accelerate seeds), and an incomplete
     last batch is dropped.
@@ -102,6 +103,8 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
         batch_size: images per batch of one process.
     """
     rows, training = getattr(source, split), split == "train"
+    if rows is None:
+        return None
     kept, streamed = isinstance(rows, Pixels), isinstance(rows, Sampler)
     reads = not streamed or is_main()  # of a stream the main process alone
     return DataLoader(

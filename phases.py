@@ -44,8 +44,8 @@ class Schedule:
             self.torch = LambdaLR(optimizer, lambda epoch: 1.0)
         self.wants_metric = phase.schedule == "plateau"
 
-    def step(self, top1: float) -> None:
-        """End of an epoch that reached this validation top-1 (the same figure on every process)."""
+    def step(self, top1: float | None) -> None:
+        """End of an epoch that reached this validation top-1 (the same on every process; None: no validation)."""
         with warnings.catch_warnings():  # torch misses an optimizer step if a run was resumed at an epoch's end
             warnings.filterwarnings("ignore", message="Detected call of")
             self.torch.step(top1) if self.wants_metric else self.torch.step()
@@ -70,8 +70,8 @@ class EarlyStopping:
     best: float | None = None
     bad_epochs: int = 0
 
-    def step(self, top1: float) -> bool:
-        """Take in an epoch's validation top-1; tell whether the phase should stop."""
+    def step(self, top1: float | None) -> bool:
+        """Take in an epoch's validation top-1; tell whether the phase should stop. Without validation it goes on."""
         if self.best is None or top1 > self.best:
             self.best, self.bad_epochs = top1, 0
         else:
@@ -100,8 +100,11 @@ class RunState:
         self.epoch_step += 1
         self.step += 1
 
-    def end_epoch(self, top1: float, seconds: float, schedule: Schedule, stopping: EarlyStopping) -> bool:
-        """Take in a finished epoch's validation top-1; tell whether it is the run's best so far (a tie is not)."""
+    def end_epoch(self, top1: float | None, seconds: float, schedule: Schedule, stopping: EarlyStopping) -> bool:
+        """Take in a finished epoch's validation top-1; tell whether it is the run's best so far (a tie is not).
+
+        Without validation the newest counts as the best.
+        """
         self.epoch += 1
         self.phase_epoch += 1
         self.epoch_step = 0

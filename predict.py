@@ -258,6 +258,8 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
     config = model.config.data
     if part == "test" and config.test_split is None:
         raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
+    if part == "validation" and config.folds is None:
+        raise UserError(f"{args.run}: no rows were held out of its training split (data.folds is null)", USAGE)
     source = data.load(config, model.config.seed, only_test=part == "test")
     source = dataclasses.replace(source, size=size or source.size)
     rows = getattr(source, part)

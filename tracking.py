@@ -128,10 +128,13 @@ class Tracking:
         self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"]))
         left = _duration(row["seconds_left"])
         left = f", about {left} of {row['phase']} left" if left else ""
+        validated = "no validation"
+        if row["val_loss"] is not None:
+            validated = f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%}"
         self.accelerator.print(
             f"epoch {row['epoch']:3d}/{total} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
-            f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%} | "
+            f"{validated} | "
             f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
             f"{left}{'  best' if best else ''}",
             flush=True,

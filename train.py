@@ -174,8 +174,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         interrupt.check()
                     training_ended, steps_made = time.perf_counter(), max(1, state.epoch_step - passed)
                     whole_epoch = state.epoch_step / steps_made * (training_ended - began)
-                    val_batches = interrupt.watch(val_loader)
-                    validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
+                    validated = dict.fromkeys(("loss", "top1", "top5"))
+                    if val_loader is not None:
+                        val_batches = interrupt.watch(val_loader)
+                        validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                 except Interrupted:
                     tracking.check_finite()
                     checkpoints.save(state, metrics)
@@ -215,7 +217,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
             model = unwrap(accelerator, model)
             folding.unfold(model)
 
-        # The test split is read here for the first and only time, with the weights that were best on validation.
+        # The test split is read here for the first and only time, with the weights that were best on validation
+        # (without folds, with the last ones).
         checkpoint.load_best(model, run)
         tested = dict.fromkeys(("loss", "top1", "top5"))
         if source.test is not None:
@@ -249,7 +252,9 @@ def describe_phase(
 
 
 def describe_summary(summary: dict, run: Path) -> str:
-    lines = [f"best validation top-1 {summary['best_val_top1']:.2%} in epoch {summary['best_epoch']}"]
+    lines = ["no validation: the weights are the last epoch's"]
+    if summary["best_val_top1"] is not None:
+        lines = [f"best validation top-1 {summary['best_val_top1']:.2%} in epoch {summary['best_epoch']}"]
     if summary["test_top1"] is not None:
         lines.append(f"test top-1 {summary['test_top1']:.2%}, top-5 {summary['test_top5']:.2%}")
     return "\n".join([*lines, f"weights: {run}/best   figures: {run}/history.jsonl, {run}/summary.json"])

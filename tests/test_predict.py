@@ -461,6 +461,14 @@ def test_options_that_make_no_sense_are_told(run, options, message):
     assert not list(run.glob("predictions/*"))
 
 
+def test_a_run_without_validation_has_none_to_judge(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["folds"] = None
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"no rows were held out of its training split \(data.folds is null\)"):
+        judge(run, "--split", "validation")
+
+
 def fewer_classes(described: bytes) -> bytes:
     """best/config.json with names for 7 of the 100 classes that the weights are of."""
     described = json.loads(described)

@@ -13,9 +13,11 @@ import yaml
 from conftest import ROOT, forget_accelerate, phase
 from safetensors.torch import load_file
 
+import comparison
 import train
 from errors import UserError
 from phases import RunState
+from runfolder import read_run
 
 ROW = {"phase", "epoch", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5", "seconds",
        "seconds_left", "images_per_second"}  # fmt: skip
@@ -174,6 +176,29 @@ def test_the_same_seed_gives_the_same_run_and_another_one_does_not(make_config):
 def test_without_a_test_split_the_figures_are_null(make_config):
     run = train.train(make_config({"only": phase()}, data={"test_split": None}))
     assert json.loads((run / "summary.json").read_text())["test_top1"] is None
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_folds_all_rows_are_trained_on_and_the_last_weights_are_kept(make_config, capsys, streaming):
+    phases = {"only": phase(epochs=2)}
+    with_folds, run = (
+        train.train(make_config(phases, run_name=f"folds-{folds}", data={"folds": folds, "streaming": streaming}))
+        for folds in (2, None)
+    )
+    rows, fewer = history(run), history(with_folds)
+    assert rows[-1]["step"] > 1.5 * fewer[-1]["step"]
+    assert [row[f"val_{name}"] for row in rows for name in ("loss", "top1", "top5")] == [None] * 6
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["best_epoch"], summary["best_val_top1"]) == (2, None)
+    assert summary["test_top1"] is not None
+    newest = max((run / "checkpoints").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    last, best = load_file(newest), load_file(run / "best" / "model.safetensors")
+    assert all(torch.equal(last[name], best[name]) for name in best)
+    out = capsys.readouterr().out
+    assert "(no validation)" in out
+    assert "no validation: the weights are the last epoch's" in out
+    shown = comparison.comparison([read_run(run)])
+    assert dict(zip(shown.head, shown.rows[0], strict=True))["val top-1"] == "-"
 
 
 def test_images_of_another_size_and_upscaling(make_config):
