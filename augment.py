@@ -24,7 +24,12 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        images = (self.augment(self._resize(images.float() / 255)) - self.mean) / self.std
+        images = images.float() / 255
+        if self.image_size and self.image_size > max(images.shape[-2:]):
+            images = self._resize(self.augment(images))  # the smaller ones are augmented: a quarter of the work, or less
+        else:
+            images = self.augment(self._resize(images))
+        images = (images - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def augment(self, images: Tensor) -> Tensor:
