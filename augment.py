@@ -26,7 +26,9 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         images = images.float() / 255
         if self.image_size and self.image_size > max(images.shape[-2:]):
-            images = self._resize(self.augment(images))  # the smaller ones are augmented: a quarter of the work, or less
+            images = self._resize(
+                self.augment(images)
+            )  # the smaller ones are augmented: a quarter of the work, or less
         else:
             images = self.augment(self._resize(images))
         images = (images - self.mean) / self.std

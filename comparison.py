@@ -45,7 +45,12 @@ def points(value: float | None) -> str:
 
 
 def best_epoch(run: Run) -> dict:
-    """The first epoch with the highest validation top-1, as training chose best/; {} if there is none."""
+    """The epoch that best/ is of: the first with the highest validation top-1, or without validation the last.
+
+    {} if there is none.
+    """
+    if not run.validates:
+        return run.history[-1] if run.history else {}
     rows = [row for row in run.history if row["val_top1"] is not None]
     return max(rows, key=lambda row: row["val_top1"], default={})
 
@@ -110,6 +115,10 @@ def legend(runs: list[Run]) -> list[str]:
         "Best epoch: the highest validation top-1. Training and validation figures are of that epoch, test figures of "
         "its weights. Loss in nats; images/s: training, over the whole run."
     ]
+    if not all(run.validates for run in runs):
+        lines.append(
+            "A run without validation figures trained on all rows (data.folds null): its best epoch is its last."
+        )
     if any(not run.summary for run in runs):
         lines.append(
             "Epochs '3 of 50': the run has no summary.json that can be read: it goes on, was stopped or crashed; such "

@@ -173,6 +173,11 @@ class Run:
         known = epochs and all(type(count) is int and 0 < count < MOST_EPOCHS for count in epochs)
         return sum(epochs) if known else None
 
+    @property
+    def validates(self) -> bool:
+        """Whether rows were held out of training, to choose the best epoch by."""
+        return _validates(self.config)
+
     def setting(self, *keys: str):
         """A value of the configuration, None where there is none."""
         value = self.config
@@ -194,10 +199,14 @@ def read_run(path: Path) -> Run:
         why = "it names no model"
         raise UserError(f"{path} is not a run folder: it has no readable config.yaml ({why})", USAGE) from None
     notes = []
-    history = _history(path / "history.jsonl", notes)
+    history = _history(path / "history.jsonl", notes, _validates(config))
     summary = _summary(path / "summary.json", notes)
     predictions = sorted(_predictions(path, notes), key=lambda found: found.rank)
     return Run(shown(Path(os.path.abspath(path)).name), path, config, history, summary, predictions, notes)
+
+
+def _validates(config: dict) -> bool:
+    return _dict(config.get("data")).get("folds", ...) is not None
 
 
 def _dict(value) -> dict:
@@ -227,7 +236,7 @@ def _why(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else getattr(error, "strerror", None) or str(error)
 
 
-def _history(path: Path, notes: list[str]) -> list[dict]:
+def _history(path: Path, notes: list[str], validates: bool) -> list[dict]:
     try:
         text = _read(path, path.parent)
         lines = text.splitlines()
@@ -246,7 +255,8 @@ def _history(path: Path, notes: list[str]) -> list[dict]:
             rows.append(_epoch(row, count))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.parent}: {path.name} is damaged ({_why(error)})") from None
-    if lost := sum(row[key] is None for row in rows for key in ("train_loss", "train_top1", "val_loss", "val_top1")):
+    expected = ("train_loss", "train_top1", *(("val_loss", "val_top1") if validates else ()))
+    if lost := sum(row[key] is None for row in rows for key in expected):
         notes.append(f"{path.name}: {lost} figures are missing or not finite: shown as - and as gaps")
     return rows
 

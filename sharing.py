@@ -229,11 +229,11 @@ def card(config: Config, best: dict, history: list[dict], summary: dict) -> str:
         _table(("", ""), facts.items()),
         "## Figures",
     ]
-    if figures:
-        parts.append(_table(("rows", "figure", "value"), measured))
-        parts.append(
-            f"The weights are those of epoch {summary['best_epoch']}, the best on the rows held out of training."
-        )
+    if summary:
+        if figures:
+            parts.append(_table(("rows", "figure", "value"), measured))
+        why = "the best on the rows held out of training" if config.data.folds else "the last; no rows were held out"
+        parts.append(f"The weights are those of epoch {summary['best_epoch']}, {why}.")
     else:
         parts.append("The run has not ended: there are no figures yet.")
     shown = classes[:SHOWN]

@@ -197,8 +197,10 @@ def test_without_folds_all_rows_are_trained_on_and_the_last_weights_are_kept(mak
     out = capsys.readouterr().out
     assert "(no validation)" in out
     assert "no validation: the weights are the last epoch's" in out
+    assert not read_run(run).notes
     shown = comparison.comparison([read_run(run)])
-    assert dict(zip(shown.head, shown.rows[0], strict=True))["val top-1"] == "-"
+    assert dict(zip(shown.head, shown.rows[0], strict=True)).items() >= {"best epoch": "2", "val top-1": "-"}.items()
+    assert "those of epoch 2, the last; no rows were held out." in (run / "best" / "README.md").read_text()
 
 
 def test_images_of_another_size_and_upscaling(make_config):
