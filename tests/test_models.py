@@ -3,12 +3,14 @@ import json
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import models
 from config import ModelConfig
 from errors import UserError
+from recipe import read_yaml
 
 CLASSES = [f"class {i}" for i in range(10)]
 
@@ -48,6 +50,14 @@ def test_deep_cnn_is_the_reports():
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert [fc.out_features for fc in linears] == [1024, 512, 100]
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.2}
+
+
+@pytest.mark.parametrize("recipe", ["deep_cnn", "deep_cnn_best"])
+def test_the_better_recipe_trains_the_reports_deep_cnn(recipe):
+    config = read_yaml(ROOT / "recipes" / f"{recipe}.yaml")
+    assert config["model"] == {"name": "deep_cnn"}
+    model, _ = create(config["model"]["name"], classes=[str(i) for i in range(100)])
+    assert parameters(model) == 4_226_212
 
 
 def test_small_stem_has_the_plain_resnets_weights_and_wider_maps():
