@@ -9,7 +9,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributions import Dirichlet
 
 from config import Config
 
@@ -24,15 +23,12 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.float() / 255
-        if self.image_size and self.image_size > max(images.shape[-2:]):
-            images = self._resize(
-                self.augment(images)
-            )  # the smaller ones are augmented: a quarter of the work, or less
-        else:
-            images = self.augment(self._resize(images))
-        images = (images - self.mean) / self.std
+        images = (self.prepare(images.float() / 255) - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] to such of the size that the model sees, augmented."""
+        return self.augment(self._resize(images))
 
     def augment(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to images in [0, 1]; here, unchanged."""
@@ -71,13 +67,22 @@ class AugMix(Normalize):
     """A padded crop and a flip as in the report, then AugMix (Hendrycks et al., 2020), then `Normalize`.
 
     Each image is blended with a blend of three chains, of one to three operations each, of itself: shapes and colours
-    vary, and the image stays recognisable. No operation is one of the corruptions that robustness is judged by
-    (corruptions.py); brightness and contrast, which the report's jitter changes, are.
+    vary, and the image stays recognisable. Operations and strengths are the authors' for CIFAR; their consistency loss,
+    which takes each image three times, is left out. Pixels are the nearest ones, and shears are about the centre.
+
+    No operation is one of the corruptions that robustness is judged by (corruptions.py); brightness and contrast, which
+    the report's jitter changes, are.
     """
 
     CHAINS = 3
     DEPTH = 3  # operations in a chain, at the most
-    STRENGTH = 0.3  # of an operation's largest, at the most; a third of that at the least
+    STRENGTH = 0.01, 0.3  # of an operation's largest
+
+    def prepare(self, images: Tensor) -> Tensor:
+        # What is to be enlarged is augmented first: operations are dear, and cost a quarter at half the side.
+        if self.image_size and self.image_size > max(images.shape[-2:]):
+            return self._resize(self.augment(images))
+        return super().prepare(images)
 
     @torch.no_grad()
     def augment(self, images: Tensor) -> Tensor:
@@ -86,11 +91,13 @@ class AugMix(Normalize):
         images = warp(images, flip=flip < 0.5, **crop(images, ReportAugment.SHIFT, down, right))
         chains = images.repeat(self.CHAINS, 1, 1, 1)
         depth = torch.randint(1, self.DEPTH + 1, (len(chains), 1, 1, 1), device=device)
+        least, most = self.STRENGTH
         for done in range(self.DEPTH):
             operation = torch.randint(len(OPERATIONS), (len(chains),), device=device)
-            strength = self.STRENGTH * (1 + 2 * torch.rand(len(chains), device=device)) / 3
+            strength = least + (most - least) * torch.rand(len(chains), device=device)
             chains = torch.where(done < depth, operate(chains, operation, strength), chains)
-        weights = Dirichlet(torch.ones(self.CHAINS, device=device)).sample((count,))
+        weights = torch.empty(count, self.CHAINS, device=device).exponential_()  # normalised: Dirichlet(1, 1, 1)
+        weights = weights / weights.sum(1, keepdim=True)
         blend = torch.einsum("bk,kbchw->bchw", weights, chains.unflatten(0, (self.CHAINS, count)))
         return images.lerp(blend, share.view(-1, 1, 1, 1))
 
@@ -129,9 +136,8 @@ def operate(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
         down=(height / 3 * signed).round() * is_["translate_y"],
     )
     levels = (255 * images).round().long().flatten(2)  # (B, 3, H * W)
-    counts = torch.zeros(*levels.shape[:2], 256, device=images.device).scatter_add_(
-        2, levels, torch.ones_like(images).flatten(2)
-    )
+    counts = torch.zeros(*levels.shape[:2], 256, device=images.device)
+    counts.scatter_add_(2, levels, torch.ones((), device=images.device).expand_as(levels))
     strength, is_ = strength.view(-1, 1, 1), {name: chosen.view(-1, 1, 1) for name, chosen in is_.items()}
     table = torch.arange(256.0, device=images.device).expand_as(counts)  # from old levels to new ones
     table = torch.where(is_["autocontrast"], stretched(counts), table)

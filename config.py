@@ -107,7 +107,7 @@ class DataConfig(_Section):
         5,
         ge=2,
         description="parts that the training split is hashed into; validation is one of them, so 5 means 20 %; null: "
-        "train on all of it, without validation, and keep the last epoch's weights",
+        "train on all of it, without validation (and so no plateau, no early stopping), and keep the last weights",
     )
     fold: int = Field(0, ge=0, description="which part is validation, 0 to folds - 1 (cross-validation: train each)")
     image_size: int | None = Field(
@@ -150,6 +150,8 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _fold_exists(self):
+        if self.folds is None and self.fold:
+            raise ValueError(f"fold is {self.fold}, but folds is null, so that there is no such part")
         if self.folds and self.fold >= self.folds:
             raise ValueError(f"fold is {self.fold}, but with {self.folds} folds it goes from 0 to {self.folds - 1}")
         return self
@@ -191,7 +193,7 @@ class AugmentConfig(_Section):
     policy: Literal["report", "augmix", "none"] = Field(
         "report",
         description="report: padded crop, flip, colour jitter 0.2, rotation up to 15 degrees; augmix: padded crop, "
-        "flip, then AugMix, for robustness; none: normalise only",
+        "flip, then AugMix without its consistency loss; none: normalise only",
     )
 
 
@@ -290,10 +292,14 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _validation_where_it_decides(self):
-        for name, phase in self.phases.items():
-            if not self.data.folds and (phase.schedule == "plateau" or phase.early_stopping):
-                field = "schedule plateau" if phase.schedule == "plateau" else "early_stopping"
-                raise ValueError(f"phases.{name}.{field} needs validation, and data.folds null leaves none")
+        if self.data.folds is None:
+            decided = [f"phases.{name}.schedule" for name, it in self.phases.items() if it.schedule == "plateau"]
+            decided += [f"phases.{name}.early_stopping" for name, it in self.phases.items() if it.early_stopping]
+            if decided:
+                raise ValueError(
+                    f"data.folds null leaves no validation, which {', '.join(decided)} need: choose cosine or "
+                    "constant, and null"
+                )
         return self
 
     @field_validator("push_to_hub")

@@ -92,9 +92,8 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     training, validation = hold_out(train, image, on_side) if config.folds else (train, None)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
         if rows is not None and not len(rows):
-            raise UserError(
-                f"{config.source}: no {name} rows (of {len(train)}, fold {config.fold} of {config.folds} validates)"
-            )
+            folds = f"fold {config.fold} of {config.folds} validates" if config.folds else "none are held out"
+            raise UserError(f"{config.source}: no {name} rows (of {len(train)}, {folds})")
     return Data(training, validation, test, image, label, class_labels, classes, size)
 
 

@@ -107,6 +107,8 @@ def curves(runs: list[Run], with_legend: bool) -> Iterator[Picture]:
         with_legend: name the lines in each figure. The page does that once, in text.
     """
     for key, (title, unit) in CURVES.items():
+        if key.startswith("val") and runs and not any(run.validates for run in runs):
+            continue
         yield _curve(runs, key, title, unit, with_legend)
     yield _learning_rate(runs, with_legend)
 

@@ -120,7 +120,8 @@ def _set(tree: dict, dotted: str, text: str):
 def _explain(problem: dict) -> str:
     """One pydantic error as one sentence in the words of this project."""
     location = [str(part) for part in problem["loc"] if part != "[key]"]
-    location = location or ["?"]  # pydantic hides a key that is called [key]
+    if not location and problem["type"] != "value_error":  # that one is of the whole
+        location = ["?"]  # pydantic hides a key that is called [key]
     field, value = ".".join(location), problem["input"]
     fields = _fields_at(location[:-1])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -137,7 +138,7 @@ def _explain(problem: dict) -> str:
         return f"{field}: {quoted(value)} must be a plain name (letters, digits, {signs}, no slash)"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
     message = re.sub(r" or an instance of \w+|^String (?=should)", "", message)
-    return f"{field or 'configuration'}: {message}" + ("" if isinstance(value, dict) else f", not {quoted(value)}")
+    return (f"{field}: " if field else "") + message + ("" if isinstance(value, dict) else f", not {quoted(value)}")
 
 
 def _fields_at(location: list[str]) -> dict:

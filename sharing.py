@@ -41,7 +41,7 @@ LOG_IN = "log in with hf auth login, or set HF_TOKEN to a token that may write"
 SHOWN = 1000  # classes that the card names
 AUGMENTATION = {
     "report": "padded crop, flip, colour jitter of 0.2, rotation by up to 15 degrees",
-    "augmix": "padded crop, flip, AugMix",
+    "augmix": "padded crop, flip, AugMix without its consistency loss",
     "none": "none",
 }
 # All that is not harmless; an underscore is within a word, and a point within a number.

@@ -143,9 +143,10 @@ class TrainingStream:
                 yield row
         if not self.too_large:
             self.whole = True
-            training, validation = (f"{len(self.kept[part]):,}" for part in (False, True))
+            parts = {"training": self.kept[False], "validation": self.kept[True]}
+            rows = " and ".join(f"{len(rows):,} {name}" for name, rows in parts.items() if rows)
             tqdm.write(
-                f"stream: {training} training and {validation} validation rows ({size / 2**20:.0f} MB) have been read, "
+                f"stream: {rows} rows ({size / 2**20:.0f} MB) have been read, "
                 "and are kept in memory as they came: later epochs read no more"
             )
 

@@ -136,7 +136,7 @@ class Tracking:
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
             f"{validated} | "
             f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
-            f"{left}{'  best' if best else ''}",
+            f"{left}{'  best' if best and row['val_loss'] is not None else ''}",
             flush=True,
         )
 

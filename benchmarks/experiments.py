@@ -27,7 +27,10 @@ def drifting_batch_norm():
 
 @patching.named
 def other_normalisation():
-    """Validation and test with CIFAR-100's mean and deviation, not the weights' own. Not predict.py."""
+    """Validation and test with CIFAR-100's mean and deviation, not the weights' own.
+
+    What the report's scripts did to the distorted images. Not predict.py.
+    """
     import augment
     import models
 
@@ -184,7 +187,7 @@ def erasing():
 
 @patching.named
 def noise_and_blur():
-    """Half of the images get Gaussian noise or a Gaussian blur. These are two of the 15 corruptions that are judged."""
+    """Half of the images get Gaussian noise or a Gaussian blur. The noise is one of the 15 corruptions of the mean."""
     import torch
     from torchvision.transforms.v2.functional import gaussian_blur
 

@@ -12,7 +12,7 @@ import dataclasses
 import sys
 
 from experiments import AUGMENTING, EXCLUSIVE
-from patching import PATCHES, patch
+from patching import MARK, PATCHES, mark, patch
 
 import hub
 from commandline import parse
@@ -40,15 +40,15 @@ def main() -> None:
         if len(both := [name for name in args.patches if name in group]) > 1:
             parser.error(f"{both[0]} and {both[1]} don't go together")
     config, resume = parse(rest)
-    suffix = "".join(f".{name}" for name in args.patches)
-    if len(config.recipe + suffix) > PLAIN_NAME["max_length"]:
+    recipe = config.recipe.partition(MARK)[0] + mark(args.patches)
+    if len(recipe) > PLAIN_NAME["max_length"]:
         parser.error("that many patches have no room in the recipe's name, which says them; name fewer")
-    if resume and not config.recipe.endswith(suffix):
-        raise UserError(f"--resume: {resume} was started as {config.recipe}, not with these patches", USAGE)
+    if resume and config.recipe != recipe:
+        raise UserError(f"--resume: {resume} was started as {config.recipe}, not with these patches alone", USAGE)
     if resume and "ema" in args.patches:
         raise UserError(f"--resume: averaged weights are in no checkpoint; delete {resume} and start again", USAGE)
-    if config.augment.policy == "none" and (lost := [name for name in args.patches if name in AUGMENTING]):
-        raise UserError(f"augment.policy none leaves nothing for {lost[0]} to change", USAGE)
+    if config.augment.policy != "report" and (lost := [name for name in args.patches if name in AUGMENTING]):
+        raise UserError(f"{lost[0]} changes augment.policy report, not {config.augment.policy}", USAGE)
     hub.check(config, resume)
     import launch
     import train
@@ -58,7 +58,7 @@ def main() -> None:
     patch(launch, "way_on", lambda way_on: lambda *run: way_on(*run).replace("train.py", script, 1))
     for name in args.patches:
         PATCHES[name]()
-    train.train(dataclasses.replace(config, recipe=config.recipe.removesuffix(suffix) + suffix), resume)
+    train.train(dataclasses.replace(config, recipe=recipe), resume)
 
 
 if __name__ == "__main__":

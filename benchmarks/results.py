@@ -13,7 +13,9 @@ recipes are written from those files, and no figure in them by hand.
 """
 
 import argparse
+import dataclasses
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -24,18 +26,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import turns
 import yaml
 from filelock import FileLock
 from patches import PATCHES
+from patching import mark
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+import commandline
 import comparison
 from checkpoint import write_whole
-from config import PLAIN_NAME
+from config import PLAIN_NAME, Config
 from errors import USAGE, Interrupted, UserError, told
+from recipe import check, read_yaml
 from runfolder import Run, read_run
 
 ROOT = turns.ROOT
@@ -43,6 +48,7 @@ RESULTS = ROOT / "docs" / "results"
 MADE = "made.json"
 ROBUSTNESS = "predictions/robustness.json"
 WEIGHTS = ["--model.weights", "WEIGHTS"]
+MEASURED = r"(?m)^(# )Measured on [^\n]*(\n)"
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------------
@@ -59,12 +65,12 @@ class Section(BaseModel):
     recipe: str | None = None
     options: list[str] = []
     robustness: bool = True
-    rows: list[dict]
+    rows: list[dict[str, Any]]
 
-    def row(self, part: str, own: dict) -> "Row":
-        common = {"part": part, "robustness": self.robustness} | ({"recipe": self.recipe} if self.recipe else {})
-        options = [*self.options, *own.get("options", [])]
-        return Row.model_validate(common | own | {"options": options})
+    def row(self, part: str, own: dict[str, Any]) -> "Row":
+        common = {"robustness": self.robustness} | ({"recipe": self.recipe} if self.recipe else {})
+        row = Row.model_validate(common | own | {"part": part})
+        return row.model_copy(update={"options": [*self.options, *row.options]})
 
 
 class Row(BaseModel):
@@ -92,6 +98,13 @@ class Row(BaseModel):
         names = {seed: f"{self.name}-seed{seed}" for seed in self.seeds}
         return {name: [*command, "--seed", str(seed), "--run_name", name] for seed, name in names.items()}
 
+    @property
+    def speaks_for_its_recipe(self) -> bool:
+        """Whether what it measures is the recipe itself, and stands in its file."""
+        return (
+            self.part != "explain" and self.name == self.recipe and not self.patches and self.options in ([], WEIGHTS)
+        )
+
     def resume(self, folder: Path) -> list[str]:
         """What goes on with a run."""
         return [*self.script, "--resume", str(folder)]
@@ -103,12 +116,16 @@ def launch(precision: str) -> list[str]:
 
 def read_plan(path: Path) -> list[Row]:
     """The plan's rows; UserError if it can't be read or names what is not there."""
+    where, plan = "", []
     try:
         sections = TypeAdapter(dict[Part, Section]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
-        plan = [section.row(part, row) for part, section in sections.items() for row in section.rows]
+        for part, section in sections.items():
+            for number, own in enumerate(section.rows, start=1):
+                where = f"{own.get('name', f'row {number} of {part}')}: "
+                plan.append(section.row(part, own))
     except ValidationError as error:
         problem = error.errors()[0]
-        raise UserError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}", USAGE) from None
+        raise UserError(f"{path}: {where}{'.'.join(map(str, problem['loc']))}: {problem['msg']}", USAGE) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} can't be read: {error}", USAGE) from None
     names = [row.name for row in plan]
@@ -117,6 +134,8 @@ def read_plan(path: Path) -> list[Row]:
             raise UserError(f"{path}: {row.name} is there twice", USAGE)
         if not recipe_of(row).is_file():
             raise UserError(f"{path}: {row.name}: there is no {recipe_of(row)}", USAGE)
+        if row.speaks_for_its_recipe and len(re.findall(MEASURED, recipe_of(row).read_text(encoding="utf-8"))) != 1:
+            raise UserError(f"{recipe_of(row)}: should have one line that begins with '# Measured on'", USAGE)
         if unknown := set(row.patches) - set(PATCHES):
             raise UserError(f"{path}: {row.name}: there is no patch {min(unknown)}", USAGE)
     return plan
@@ -126,12 +145,49 @@ def recipe_of(row: Row) -> Path:
     return ROOT / "recipes" / f"{row.recipe}.yaml"
 
 
-def state(run: str, command: list[str], runs: Path) -> str:
-    """Whether a run is done (its files are kept), cut short or missing, or was made by another command than now."""
-    for made, done in ((RESULTS / run / MADE, "done"), (note_of(runs, run), "cut short")):
-        if made.is_file():
-            return done if json.loads(made.read_text())["command"] == shlex.join(command) else "changed"
-    return "missing"
+def state(row: Row, run: str, runs: Path) -> str:
+    """Whether a run is done (its files are kept), cut short or missing, or is there, but not as it is planned now."""
+    kept, note = RESULTS / run, note_of(runs, run)
+    if (kept / MADE).is_file() and as_planned(row, run, kept):
+        return "done"
+    if note.is_file() and read_made(note)["command"] == shlex.join(row.runs()[run]):
+        return "cut short"
+    return "changed" if kept.exists() or note.is_file() else "missing"
+
+
+def as_planned(row: Row, run: str, kept: Path) -> bool:
+    """Whether kept files are those of the plan and of the recipe as it is now."""
+    command = row.runs()[run]
+    if read_made(kept / MADE)["command"] != shlex.join(command):
+        return False
+    if row.robustness and not (kept / ROBUSTNESS).is_file():
+        return False
+    trained = check(read_yaml(kept / "config.yaml"), str(kept / "config.yaml"))
+    return dataclasses.replace(without_place(trained), environment=None) == without_place(planned(row, run))
+
+
+def planned(row: Row, run: str) -> Config:
+    """What a run's config.yaml is to say, with DATA and WEIGHTS in it, and without its environment."""
+    command = row.runs()[run]
+    config, _ = commandline.parse(["--config", str(recipe_of(row)), *command[command.index("--data.source") :]])
+    return dataclasses.replace(config, recipe=config.recipe + mark(row.patches))
+
+
+def without_place(config: Config) -> Config:
+    """The configuration without what says where a run lies, and how this machine reads the data."""
+    return dataclasses.replace(
+        config, run_name=None, output_dir="runs", data=dataclasses.replace(config.data, streaming=None)
+    )
+
+
+def read_made(path: Path) -> dict:
+    """How a run was made; UserError if that can't be read."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        made["command"], made["precision"], made["sessions"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to start over") from None
+    return made
 
 
 def note_of(runs: Path, run: str) -> Path:
@@ -144,24 +200,20 @@ def note_of(runs: Path, run: str) -> Path:
 
 def complete(row: Row, run: str, args) -> None:
     """Train a run, or go on with it, judge it, and keep its small files."""
+    check_startable(row, run, args.runs)
     folder, note, command = args.runs / run, note_of(args.runs, run), row.runs()[run]
-    made = {
-        "command": shlex.join(command),
-        "precision": args.mixed_precision,
-        "machine": turns.conditions(),
-        "sessions": [],
-    }
+    made = {"command": shlex.join(command), "precision": args.mixed_precision, "sessions": []}
     if note.is_file():
-        made = json.loads(note.read_text())
-    elif folder.exists():
-        raise UserError(f"{folder} is there, but not {note}, which says how it was made: move it away")
-    if made["command"] != shlex.join(command):
-        raise UserError(f"{folder} was started by another command than the plan's: delete it and {note} to start over")
+        made = read_made(note)
 
-    def session(*words: str) -> None:
-        made["sessions"].append({"commit": commit(), "date": str(datetime.date.today()), "peak_memory_mib": None})
+    def session(does: str, *words: str) -> None:
+        facts = {"does": does, "commit": commit(), "date": str(datetime.date.today()), "machine": turns.conditions()}
+        facts["machine"].pop("precision", None)  # the machine's fast one, not the run's
+        if does == "train" and "WEIGHTS" in row.options:
+            facts["weights_sha256"] = digest(Path(args.weights))
+        made["sessions"].append(facts)
         write_whole(note, json.dumps(made, indent=1) + "\n")
-        code, made["sessions"][-1]["peak_memory_mib"] = execute(args, list(words), folder)
+        code, facts["peak_memory_mib"] = execute(args, [*launch(made["precision"]), *words], folder)
         write_whole(note, json.dumps(made, indent=1) + "\n")
         if code:
             raise UserError(f"{run}: that command has ended with exit code {code}, for the reason above")
@@ -169,12 +221,26 @@ def complete(row: Row, run: str, args) -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     if not (folder / "summary.json").is_file():
         own = row.resume(folder) if folder.is_dir() else [*command, "--output_dir", str(args.runs)]
-        session(*launch(made["precision"]), *own)
+        session("train", *own)
     if row.robustness and not (folder / ROBUSTNESS).is_file():
-        code, _ = execute(args, [*launch(made["precision"]), "predict.py", str(folder), "--robustness"], folder)
-        if code:
-            raise UserError(f"{run}: judging it has ended with exit code {code}, for the reason above")
+        session("judge", "predict.py", str(folder), "--robustness")
     keep(row, folder, note)
+
+
+def check_startable(row: Row, run: str, runs: Path) -> None:
+    """UserError if what is in the way of a run has to be moved or deleted first."""
+    folder, note = runs / run, note_of(runs, run)
+    if folder.exists() and not note.is_file():
+        raise UserError(f"{folder} is there, but not {note}, which says how it was made: move it away")
+    if note.is_file() and read_made(note)["command"] != shlex.join(row.runs()[run]):
+        raise UserError(f"{folder} was started by another command than the plan's: delete it and {note} to start over")
+
+
+def digest(weights: Path) -> str:
+    """SHA-256 of a file of weights, or of that in a run's best/."""
+    path = weights / "model.safetensors" if weights.is_dir() else weights
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
@@ -197,11 +263,12 @@ def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if code has changed since."""
+    """The commit of the working tree, marked if anything has changed since that a run is made by."""
+    makes = ("*.py", "recipes", "accelerate_config.yaml", "requirements.txt")
     try:
         git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *makes], capture_output=True).stdout
     except OSError:
         return "unknown"
     return f"{name} and changes" if changed else name or "unknown"
@@ -238,7 +305,7 @@ def figures(folder: Path) -> Figures:
     if run.notes or not run.summary or not run.history:
         raise UserError(f"{folder} is damaged: {'; '.join(run.notes) or 'it has no summary or no history'}")
     best, found, changes = comparison.best_epoch(run), comparison.robustness(run), comparison.phase_changes(run)
-    made = json.loads((folder / MADE).read_text(encoding="utf-8"))
+    made = read_made(folder / MADE)
     pairs = zip(run.history, run.history[1:], strict=False)
     fell = [a["epoch"] for a, b in pairs if a["phase"] == b["phase"] and b["lr"] < 0.2 * a["lr"]]  # not a cosine's
     names = ("train_loss", "train_top1", "val_loss", "val_top1")
@@ -252,7 +319,7 @@ def figures(folder: Path) -> Figures:
         "later": jump.several - jump.top1 if jump and jump.several is not None else None,
         "span": jump.span if jump else None,
         "fell": ", ".join(map(str, fell)) or "-",
-        "memory": max((it["peak_memory_mib"] or 0 for it in made["sessions"]), default=0) or None,
+        "memory": max(it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train") or None,
         "made": made,
     }
 
@@ -299,15 +366,19 @@ def table(rows: Finished, columns) -> str:
     return markdown(["", "seeds", *columns], lines)
 
 
-def ablation(rows: Finished) -> str:
-    """Markdown: each row against the first one, which each other row has one change to."""
-    columns = ("val loss", "val top-1 %", "test loss", "test top-1 %", "minutes")
-    first, lines = statistics.mean(it["test_top1"] for it in rows[0][1]), []
+def ablation(rows: Finished, first: Row) -> str:
+    """Markdown: each row against the section's first one, which each other row has one change to.
+
+    Changes are judged on the validation rows: the test split is no place to choose by.
+    """
+    columns, lines = ("val top-1 %", "val loss", "train top-1 %", "minutes"), []
+    reached = {row.name: statistics.mean(it["val_top1"] for it in found) for row, found in rows}
     for row, found in rows:
-        gained = 100 * (statistics.mean(it["test_top1"] for it in found) - first)
-        cells = [COLUMNS[column](found) for column in columns]
-        lines.append([row.what, str(len(found)), "" if found is rows[0][1] else f"{gained:+.1f}", *cells])
-    return markdown(["", "seeds", "points of test top-1", *columns], lines)
+        gained = "-"
+        if row.name != first.name and first.name in reached:
+            gained = format(100 * (reached[row.name] - reached[first.name]), "+.1f")
+        lines.append([row.what, str(len(found)), gained, *(COLUMNS[column](found) for column in columns)])
+    return markdown(["", "seeds", "points of val top-1", *columns], lines)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -321,15 +392,22 @@ def how(rows: Finished) -> str:
     lines = []
     for row, found in rows:
         made = [it["made"] for it in found]
-        commits = sorted({session["commit"] for it in made for session in it["sessions"]})
-        dates = sorted({session["date"] for it in made for session in it["sessions"]})
-        machines = sorted(
-            {", ".join(it["machine"][key] for key in ("device", "machine", "cpu_capability")) for it in made}
-        )
+        precisions = sorted({it["precision"] for it in made})
+        if len(precisions) > 1:
+            raise UserError(f"{row.name}: its seeds were trained in {' and '.join(precisions)}; train them in one")
+        sessions = [session for it in made for session in it["sessions"]]
+        facts = [
+            sorted(
+                {", ".join(it["machine"][key] for key in ("device", "machine", "cpu_capability")) for it in sessions}
+            ),
+            ["commit " + ", ".join(sorted({it["commit"] for it in sessions}))],
+            [", ".join(sorted({it["date"] for it in sessions}))],
+            sorted({f"weights' SHA-256 {it['weights_sha256'][:12]}..." for it in sessions if "weights_sha256" in it}),
+        ]
         seeds = f", and seeds {', '.join(map(str, row.seeds[1:]))}" if found[1:] else ""
         lines.append(
-            f"- {row.what}: `{shlex.join([*launch(made[0]['precision']), *shlex.split(made[0]['command'])])}`{seeds} "
-            f"({', '.join(machines)}; commit {', '.join(commits)}; {', '.join(dates)})"
+            f"- {row.what}: `{shlex.join([*launch(precisions[0]), *shlex.split(made[0]['command'])])}`{seeds} "
+            f"({'; '.join(fact for group in facts for fact in group)})"
         )
     return "\n".join(lines)
 
@@ -354,9 +432,10 @@ def measured(row: Row, found: list[Figures]) -> str:
     """A recipe's measured line."""
     seeds = f"{len(found)} seeds" if found[1:] else "one seed"
     weights = " from Tiny ImageNet weights (not ImageNet)," if row.options else ""
-    precision = found[0]["made"]["precision"].replace("no", "fp32")
+    made = found[0]["made"]
+    precision, device = made["precision"].replace("no", "fp32"), made["sessions"][0]["machine"]["device"]
     return (
-        f"Measured on CIFAR-100,{weights} {precision}, {found[0]['made']['machine']['device']}, {seeds}: "
+        f"Measured on CIFAR-100,{weights} {precision}, {device}, {seeds}: "
         f"test top-1 {COLUMNS['test top-1 %'](found)} %. Conditions: docs/results.md."
     )
 
@@ -365,18 +444,19 @@ def write_tables(plan: list[Row], runs: Path) -> None:
     """Rebuild all tables, and the measured lines of recipes that were run as they are."""
     finished: Finished = []
     for row in plan:
-        done = [run for run, command in row.runs().items() if state(run, command, runs) == "done"]
+        done = [run for run in row.runs() if state(row, run, runs) == "done"]
         if done:
             finished.append((row, [figures(RESULTS / run) for run in done]))
     for part in ("reproduce", "explain", "beat"):
         own = [(row, found) for row, found in finished if row.part == part]
-        made = ablation(own) if own and part == "explain" else table(own, COLUMNS)
+        first = next((row for row in plan if row.part == part), None)
+        made = ablation(own, first) if part == "explain" else table(own, COLUMNS)
         put_table(ROOT / "docs" / "results.md", part, f"{made}\n\n{how(own)}" if own else "Nothing yet.")
     main = [(row, found) for row, found in finished if row.part != "explain"]
     put_table(ROOT / "README.md", "summary", table(main, SHORT) if main else "Nothing yet.")
     for row, found in main:
-        if row.name == row.recipe and not row.patches and row.options in ([], WEIGHTS):
-            put(recipe_of(row), r"^(# )Measured on [^\n]*(\n)", measured(row, found))
+        if row.speaks_for_its_recipe:
+            put(recipe_of(row), MEASURED, measured(row, found))
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -400,19 +480,19 @@ def main() -> None:
     if unknown := set(args.run or ()) - {row.name for row in plan}:
         raise UserError(f"--run: there is no row {min(unknown)} in {plan_file}", USAGE)
     wanted = [row for row in plan if args.run is not None and (not args.run or row.name in args.run)]
-    missing = [
-        (row, run) for row in wanted for run, command in row.runs().items() if state(run, command, args.runs) != "done"
-    ]
+    missing = [(row, run) for row in wanted for run in row.runs() if state(row, run, args.runs) != "done"]
     if lacking := [row.name for row, _ in missing if "WEIGHTS" in row.options and not args.weights]:
         raise UserError(f"--weights: {lacking[0]} needs them; or name other rows after --run", USAGE)
+    for row, run in missing:
+        check_startable(row, run, args.runs)
     for row, run in missing:
         complete(row, run, args)
         write_tables(plan, args.runs)
     if args.tables or args.run is not None:
         return write_tables(plan, args.runs)
     for row in plan:
-        for run, command in row.runs().items():
-            print(f"{state(run, command, args.runs):10s} {row.part:10s} {run:34s} {row.what}")
+        for run in row.runs():
+            print(f"{state(row, run, args.runs):10s} {row.part:10s} {run:34s} {row.what}")
 
 
 if __name__ == "__main__":

@@ -226,3 +226,35 @@ def test_augmix_blends_and_stays_within_the_images_range(images):
     same = training(images[:1].repeat(64, 1, 1, 1)).flatten(1)
     assert len(torch.unique(same, dim=0)) == 64
     assert pair(augment={"policy": "augmix"}, data={"image_size": 64})[0](images).shape == (16, 3, 64, 64)
+
+
+@pytest.mark.parametrize("policy", ["report", "augmix"])
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_what_augmix_enlarges_is_augmented_before(monkeypatch, policy, side):
+    training, _ = pair(augment={"policy": policy}, data={"image_size": 32})
+    seen, real = [], training.augment
+    monkeypatch.setattr(training, "augment", lambda images: (seen.append(images.shape[-1]), real(images))[1])
+    training(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+    assert seen == [16 if (policy, side) == ("augmix", 16) else 32]
+
+
+def test_augmix_draws_as_its_authors_do(monkeypatch, images):
+    """One to three operations in a chain, equally often; strengths from a hundredth to three tenths."""
+    strengths, kinds = [], []
+
+    def brighter(images, operation, strength):
+        strengths.append(strength)
+        kinds.append(operation)
+        return images + 1.0
+
+    monkeypatch.setattr(augment, "operate", brighter)
+    mix = augment.AugMix((0, 0, 0), (1, 1, 1))
+    count = 3000
+    mixed = mix.augment(torch.zeros(count, 3, 4, 4))[:, 0, 0, 0]
+    strengths = torch.cat(strengths)
+    assert strengths.shape == (3 * 3 * count,)
+    assert 0.01 <= strengths.min() < 0.011 < 0.299 < strengths.max() <= 0.3
+    assert torch.bincount(torch.cat(kinds)).tolist() == pytest.approx([count] * 9, rel=0.1)
+    # A blend of chains of depth 1, 2 or 3 has depth 2 on average, and half of it is the image itself.
+    assert mixed.mean() == pytest.approx(1.0, abs=0.05)
+    assert mixed.var() == pytest.approx(4 / 12 + 2 / 3 / 2 / 3, rel=0.1)  # of the share, and of depths and weights

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import time_to_accuracy
 import turns

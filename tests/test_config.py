@@ -67,7 +67,12 @@ def test_config_yaml_is_itself_a_valid_config(tmp_path):
         (["--phases.head.lr", "0"], "phases.head.lr: should be greater than 0"),
         (["--phases.head.epochs", "1.5"], "phases.head.epochs: should be a valid integer"),
         (["--data.fold", "5"], "fold is 5, but with 5 folds it goes from 0 to 4"),
-        (["--data.folds", "null"], "phases.head.schedule plateau needs validation, and data.folds null leaves none"),
+        (
+            ["--data.folds", "null"],
+            "command line: data.folds null leaves no validation, which phases.head.schedule, phases.finetune.schedule, "
+            "phases.head.early_stopping, phases.finetune.early_stopping need: choose cosine",
+        ),
+        (["--data.folds", "null", "--data.fold", "1"], "data: fold is 1, but folds is null"),
         (["--data.streaming", "perhaps"], "data.streaming: should be a valid boolean"),
         (["--run_name", "../elsewhere"], "run_name: '../elsewhere' must be a plain name"),
         (["--config", "recipes/resnet5.yaml"], "did you mean resnet50?"),

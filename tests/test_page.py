@@ -244,7 +244,7 @@ def test_one_run_alone(browser, tmp_path):
         assert troubles(browser) == []
         assert browser.title == "<i>alone"
     text = browser.find_element(By.TAG_NAME, "body").text
-    assert "No run has changed its phase." in text and "No run has predictions" in text
+    assert "No run has changed its phase, with" in text and "No run has predictions" in text
     assert "there is no other configuration" in text
 
 

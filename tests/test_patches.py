@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import patches
 import patching
@@ -40,7 +40,7 @@ def patched(monkeypatch):
 def still(monkeypatch):
     """The report's augmentation leaves images as they are."""
     for name in ("jitter", "warp"):
-        monkeypatch.setattr(augment, name, lambda images, *_: images)
+        monkeypatch.setattr(augment, name, lambda images, *_, **__: images)
 
 
 def augmented(images):
@@ -187,7 +187,8 @@ def test_the_list_says_what_each_does(command):
         ("magic -- --config recipes/demo_scratch.yaml", "there is no patch magic"),
         ("-- --config recipes/demo_scratch.yaml", "name a patch"),
         ("mixup cutmix --", "mixup and cutmix don't go together"),
-        ("erasing -- --augment.policy none", "augment.policy none leaves nothing for erasing to change"),
+        ("erasing -- --augment.policy none", "erasing changes augment.policy report, not none"),
+        ("cutmix -- --augment.policy augmix", "cutmix changes augment.policy report, not augmix"),
     ],
 )
 def test_mistakes_are_told_in_a_line(command, line, said):
@@ -213,6 +214,7 @@ def test_patched_runs_train_and_are_gone_on_with_only_so(command, parquet, tmp_p
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "run" / "summary.json").is_file()
-    assert f"recipe: demo_finetune.{names.replace(' ', '.')}" in (tmp_path / "run" / "config.yaml").read_text()
-    result = command("benchmarks/patches.py", "compiled", "--", "--resume", str(tmp_path / "run"))
-    assert result.returncode == 2 and "not with these patches" in result.stderr
+    assert f"recipe: demo_finetune..{names.replace(' ', '.')}" in (tmp_path / "run" / "config.yaml").read_text()
+    for others in ("compiled", names.split()[-1]):
+        result = command("benchmarks/patches.py", others, "--", "--resume", str(tmp_path / "run"))
+        assert result.returncode == 2 and "not with these patches alone" in result.stderr

@@ -56,6 +56,15 @@ def test_every_other_phase_is_shaded_and_named(make):
     assert [(text.get_text(), text.get_position()[0]) for text in axes.texts] == [("head", 0), ("finetune", 2 / 5)]
 
 
+def test_without_validation_there_are_no_curves_of_it(make):
+    rows = [row | {"val_loss": None, "val_top1": None, "val_top5": None} for row in history(TWO)]
+    run = make("all", TWO, rows, data={"folds": None})
+    assert [picture.title for picture in plots.curves([run], with_legend=False)] == [
+        "Training accuracy", "Training loss", "Learning rate"]  # fmt: skip
+    accuracy = next(plots.curves([run, make("some", TWO)], with_legend=False))
+    assert accuracy.title == "Validation accuracy" and "all from" not in accuracy.alt
+
+
 def test_a_phase_too_short_for_its_name_has_none(make):
     phases = {"head": 3, "finetune": 30, "last": 17}
     (axes,) = next(plots.curves([make("run", phases)], with_legend=False)).figure.axes

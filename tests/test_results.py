@@ -1,7 +1,9 @@
 """The results tables: their plan is sound, runs are gone on with or refused, figures are those of the kept files."""
 
 import argparse
+import hashlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -11,7 +13,7 @@ import run_folders
 import yaml
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 
 import results
 
@@ -37,14 +39,9 @@ def row(name, **values):
 
 
 def made_of(it, run, **values):
-    session = {"commit": "abc1234", "date": "2026-11-25", "peak_memory_mib": 1234}
     machine = {"device": "2 CPU cores", "machine": "x86_64", "cpu_capability": "AVX2"}
-    return {
-        "command": shlex.join(it.runs()[run]),
-        "precision": "no",
-        "machine": machine,
-        "sessions": [session],
-    } | values
+    session = {"does": "train", "commit": "abc1234", "date": "2026-11-25", "machine": machine, "peak_memory_mib": 1234}
+    return {"command": shlex.join(it.runs()[run]), "precision": "no", "sessions": [session]} | values
 
 
 def write(it, top1s, minutes=30.0, phases=None):
@@ -53,6 +50,7 @@ def write(it, top1s, minutes=30.0, phases=None):
         folder = results.RESULTS / run
         shutil.rmtree(folder, ignore_errors=True)
         run_folders.write_run(folder, phases or {"head": 10, "finetune": 10})
+        (folder / "config.yaml").write_text(results.planned(it, run).to_yaml())
         summary = {"test_loss": 2.0, "test_top1": test_top1, "test_top5": 0.8, "parameters": 5, "minutes": minutes}
         (folder / "summary.json").write_text(json.dumps(summary))
         run_folders.write_predictions(folder, run_folders.corrupted("robustness", mean15=0.345))
@@ -74,7 +72,13 @@ def test_the_plan_is_sound():
     "text, said",
     [
         ("beat: {rows: [{name: a, what: it, recipe: nowhere}]}", "a: there is no"),
-        ("beat: {rows: [{name: a, what: it}]}", "recipe: Field required"),
+        ("beat: {rows: [{name: a, what: it}]}", "a: recipe: Field required"),
+        ("beat: {rows: [{what: it}]}", "row 1 of beat: name: Field required"),
+        (
+            "beat: {recipe: resnet50, rows: [{name: a, what: it, options: --seed}]}",
+            "a: options: Input should be a valid",
+        ),
+        ("beat: {recipe: resnet50_224, rows: [{name: resnet50_224, what: it}]}", "begins with '# Measured on'"),
         ("beat: {recipe: resnet50, rows: [{name: a, what: it, patches: [magic]}]}", "a: there is no patch magic"),
         ("magic: {rows: []}", "magic.*: Input should be"),
         ("beat: {recipe: resnet50, rows: [{name: a, what: it}, {name: a, what: it}]}", "a is there twice"),
@@ -112,12 +116,14 @@ def test_mistakes_are_told_before_anything_is_trained(command, tmp_path, options
 
 @pytest.fixture
 def args(tmp_path):
+    weights = tmp_path / "somebody.safetensors"
+    weights.write_bytes(b"weights")
     return argparse.Namespace(
-        data="/home/somebody/data", weights="/home/somebody/data/w.st", runs=tmp_path / "runs", mixed_precision="bf16"
+        data="/home/somebody/data", weights=str(weights), runs=tmp_path / "runs", mixed_precision="bf16"
     )
 
 
-def scripted(monkeypatch, *ends):
+def scripted(monkeypatch, it, *ends):
     """Commands that train nothing, but write files into the run's folder and end with an exit code."""
     said, remaining = [], list(ends)
 
@@ -129,7 +135,9 @@ def scripted(monkeypatch, *ends):
             text = json.dumps(run_folders.corrupted("robustness", source=args.data)) if "robust" in name else "{}"
             (folder / name).write_text(text)
         if "config.yaml" in files:
-            tree = run_folders.config({"head": 1}, data={"source": args.data}, model={"weights": args.weights})
+            tree = yaml.safe_load(results.planned(it, folder.name).to_yaml())
+            tree["data"] |= {"source": args.data, "streaming": False}
+            tree["model"] |= {"weights": tree["model"]["weights"] and args.weights}
             (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"output_dir": str(args.runs)}))
         return code, 100 * len(said)
 
@@ -141,20 +149,24 @@ FILES = ("config.yaml", "history.jsonl", "summary.json")
 
 
 def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monkeypatch):
-    it = row("one", robustness=True)
-    said = scripted(monkeypatch, (1, "checkpoints/1/state"), (0, *FILES), (0, results.ROBUSTNESS))
+    it = row("one", robustness=True, options=results.WEIGHTS)
+    said = scripted(monkeypatch, it, (1, "checkpoints/1/state"), (0, *FILES), (0, results.ROBUSTNESS))
     with pytest.raises(UserError, match="one-seed0: that command has ended with exit code 1"):
         results.complete(it, "one-seed0", args)
-    assert results.state("one-seed0", it.runs()["one-seed0"], args.runs) == "cut short"
+    assert results.state(it, "one-seed0", args.runs) == "cut short"
     results.complete(it, "one-seed0", args)
     assert [words[5:7] for words in said] == [["bf16", "train.py"], ["bf16", "train.py"], ["bf16", "predict.py"]]
     assert "--resume" in said[1] and "--resume" not in said[0]
-    assert results.state("one-seed0", it.runs()["one-seed0"], args.runs) == "done"
+    assert results.state(it, "one-seed0", args.runs) == "done"
     kept = project / "docs" / "results" / "one-seed0"
     assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == {
         *FILES, results.ROBUSTNESS, "made.json"
     }  # fmt: skip
-    assert [it["peak_memory_mib"] for it in json.loads((kept / "made.json").read_text())["sessions"]] == [100, 200]
+    sessions = json.loads((kept / "made.json").read_text())["sessions"]
+    assert [(it["does"], it["peak_memory_mib"]) for it in sessions] == [("train", 100), ("train", 200), ("judge", 300)]
+    assert all(it["commit"] and it["date"] and it["machine"]["torch"] for it in sessions)
+    weights = hashlib.sha256(b"weights").hexdigest()
+    assert [it.get("weights_sha256") for it in sessions] == [weights, weights, None]
     config = yaml.safe_load((kept / "config.yaml").read_text())
     assert (config["data"]["source"], config["model"]["weights"], config["output_dir"]) == ("DATA", "WEIGHTS", "runs")
     assert not any("somebody" in path.read_text() for path in kept.rglob("*") if path.is_file())
@@ -162,7 +174,7 @@ def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monk
 
 def test_a_run_that_left_no_folder_is_started_again(project, args, monkeypatch):
     it = row("one", robustness=False)
-    said = scripted(monkeypatch, (1,), (0, *FILES))
+    said = scripted(monkeypatch, it, (1,), (0, *FILES))
     with pytest.raises(UserError):
         results.complete(it, "one-seed0", args)
     results.complete(it, "one-seed0", args)
@@ -171,15 +183,54 @@ def test_a_run_that_left_no_folder_is_started_again(project, args, monkeypatch):
 
 def test_a_row_that_has_changed_is_not_gone_on_with_and_not_in_the_tables(project, args, monkeypatch):
     before, after = row("one", robustness=False), row("one", robustness=False, options=["--seed", "3"])
-    scripted(monkeypatch, (1, "checkpoints/1/state"))
+    scripted(monkeypatch, before, (1, "checkpoints/1/state"))
     with pytest.raises(UserError):
         results.complete(before, "one-seed0", args)
-    assert results.state("one-seed0", after.runs()["one-seed0"], args.runs) == "changed"
+    assert results.state(after, "one-seed0", args.runs) == "changed"
     with pytest.raises(UserError, match="another command than the plan's"):
         results.complete(after, "one-seed0", args)
     write(before, [0.5])
     results.write_tables([after], args.runs)
     assert "what one is" not in (project / "docs" / "results.md").read_text()
+
+
+def test_a_recipe_that_has_changed_takes_its_figures_with_it(project, args):
+    it = write(row("resnet50", options=results.WEIGHTS, robustness=False), [0.5])
+    assert results.state(it, "resnet50-seed0", args.runs) == "done"
+    recipe = project / "recipes" / "resnet50.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 40", "epochs: 41"))
+    assert results.state(it, "resnet50-seed0", args.runs) == "changed"
+    results.write_tables([it], args.runs)
+    assert "what resnet50 is" not in (project / "docs" / "results.md").read_text()
+
+
+def test_a_row_whose_robustness_is_wanted_now_is_not_done(project, args):
+    it = write(row("one", robustness=False), [0.5])
+    assert results.state(it, "one-seed0", args.runs) == "done"
+    (results.RESULTS / "one-seed0" / results.ROBUSTNESS).unlink()
+    assert results.state(row("one", robustness=True), "one-seed0", args.runs) == "changed"
+
+
+def test_seeds_of_several_precisions_make_no_row(project, args):
+    it = write(row("one", seeds=[0, 1]), [0.5, 0.6])
+    made = results.RESULTS / "one-seed1" / "made.json"
+    made.write_text(json.dumps(made_of(it, "one-seed1", precision="bf16")))
+    with pytest.raises(UserError, match="one: its seeds were trained in bf16 and no"):
+        results.write_tables([it], args.runs)
+
+
+def test_a_row_without_validation_has_no_figures_of_it(project, args):
+    phases = {"head": 1, "finetune": 3}
+    options = ["--data.folds", "null", "--phases.train.schedule", "constant"]
+    it = write(row("all", recipe="deep_cnn", options=options), [0.5], phases=phases)
+    history = results.RESULTS / "all-seed0" / "history.jsonl"
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    nothing = {"val_loss": None, "val_top1": None, "val_top5": None}
+    history.write_text("".join(json.dumps(row | nothing) + "\n" for row in rows))
+    results.write_tables([it], args.runs)
+    (line,) = (text for text in (project / "docs" / "results.md").read_text().splitlines() if "| what all is |" in text)
+    last = rows[-1]
+    assert f"| 1 | 4 | {last['train_loss']:.3f} | {100 * last['train_top1']:.1f} | - | - | 2.000 | 50.0 |" in line
 
 
 def test_a_folder_that_nobody_knows_is_left_alone(project, args):
@@ -195,13 +246,13 @@ def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, m
     options = ["--phases.train.epochs", "1", "--data.workers", "0"]
     it = row("small", recipe="demo_scratch", options=options, patches=["label_smoothing"])
     results.complete(it, "small-seed0", args)
-    assert results.state("small-seed0", it.runs()["small-seed0"], args.runs) == "done"
+    assert results.state(it, "small-seed0", args.runs) == "done"
     monkeypatch.setattr(results, "ROOT", project)
     results.write_tables([it], args.runs)
     (line,) = (text for text in (project / "docs" / "results.md").read_text().splitlines() if "what small is |" in text)
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[3] == "1" and all(0 <= float(cell) <= 100 for cell in cells[8:11])
-    assert "demo_scratch.label_smoothing" in (results.RESULTS / "small-seed0" / "config.yaml").read_text()
+    assert "demo_scratch..label_smoothing" in (results.RESULTS / "small-seed0" / "config.yaml").read_text()
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -218,16 +269,25 @@ def test_tables_hold_what_the_files_say(project, args):
     assert "| 7, 17 |" in one  # epochs after which the history's lr falls
     assert "| 3 |" in three and "| 62.0 ± 2.0 |" in three and "+10.0 ± 0.0 in one epoch" in three
     assert "what missing is" not in text
-    assert "abc1234" in text and "2 CPU cores, x86_64, AVX2" in text
+    assert "(2 CPU cores, x86_64, AVX2; commit abc1234; 2026-11-25)" in text
     assert "| what three is | 3 |" in (project / "README.md").read_text()
 
 
 def test_what_a_change_brings_is_against_the_sections_first_row(project, args):
-    base, other = (write(row(name, part="explain"), [top1]) for name, top1 in (("base", 0.5), ("other", 0.473)))
-    results.write_tables([base, other], args.runs)
-    lines = (project / "docs" / "results.md").read_text().splitlines()
-    assert any(line.startswith("| what base is | 1 |  |") for line in lines)
-    assert any(line.startswith("| what other is | 1 | -2.7 |") for line in lines)
+    """And on the validation rows: a history rises by a point in each epoch of a phase."""
+    base = write(row("base", part="explain"), [0.5], phases={"head": 10})
+    other = write(row("other", part="explain"), [0.9], phases={"head": 7})
+
+    def lines(*plan):
+        results.write_tables(plan, args.runs)
+        return (project / "docs" / "results.md").read_text().splitlines()
+
+    both = lines(base, other)
+    assert any(line.startswith("| what base is | 1 | - | 39.0 |") for line in both)
+    assert any(line.startswith("| what other is | 1 | -3.0 | 36.0 |") for line in both)
+    assert not any("90.0" in line for line in both if "what other is" in line), "the test split decides nothing"
+    shutil.rmtree(results.RESULTS / "base-seed0")
+    assert any(line.startswith("| what other is | 1 | - | 36.0 |") for line in lines(base, other)), "nothing to compare"
 
 
 def test_a_recipe_says_what_its_own_row_measured(project, args):
@@ -267,3 +327,11 @@ def test_kept_files_name_no_place_on_this_machine():
         config = yaml.safe_load(path.read_text())
         assert (config["data"]["source"], config["output_dir"]) == ("DATA", "runs")
         assert config["model"]["weights"] in (None, "WEIGHTS")
+
+
+def test_the_demos_recipes_and_document_agree():
+    text = (ROOT / "docs" / "results.md").read_text()
+    for recipe, row in (("pretrain", "pretrain"), ("finetune", "fine-tune"), ("scratch", "from scratch")):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} ("))
+        told = re.search(r"test top-1 ([\d.]+ %)", (ROOT / "recipes" / f"demo_{recipe}.yaml").read_text())[1]
+        assert line.rstrip("| ").endswith(told), recipe
