@@ -87,6 +87,20 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
     assert_same(run, whole)
 
 
+def test_a_stopped_run_without_validation_goes_on_too(make_config, monkeypatch):
+    config = make_config({"all": phase(epochs=2, lr=1e-2)}, data={"folds": None}, augment={"policy": "augmix"})
+    whole = train.train(dataclasses.replace(config, run_name="whole"))
+    forget_accelerate()
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=STEPS + 5)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    forget_accelerate()
+    run = whole.with_name("run")
+    train.train(config, resume=run)
+    assert_same(run, whole)
+
+
 @pytest.mark.slow
 def test_a_resumed_run_traces_a_whole_epoch_not_the_rest_of_one(make_config, monkeypatch):
     config = make_config(PHASES)
