@@ -167,6 +167,8 @@ def _open(config: DataConfig) -> Mapping:
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
         if kind == "hub" and hub.offline():
             raise hub.unreachable(f"the dataset {config.source}") from error
+        if kind == "parquet":
+            _check_pages(config.source)
         reason = first_line(error.__cause__ or error)
         if kind == "folder" and (
             "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError)
@@ -230,6 +232,16 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
         if not count:
             raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(files[split])})")
     return files
+
+
+def _check_pages(source: str) -> None:
+    """UserError that names the first file with a page that can't be read, where `datasets` would name none."""
+    for name in (name for names in _parquet_files(source).values() for name in names):
+        try:
+            for _ in pa.parquet.ParquetFile(name).iter_batches():
+                pass
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"data.source: {name} can't be read: {first_line(error)}") from error
 
 
 def _pick(splits: Mapping, name: str, option: str, source: str):

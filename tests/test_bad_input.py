@@ -104,6 +104,14 @@ def truncated(folder: Path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def overwritten(folder: Path):
+    """Four kilobytes of the images' pages are gone; the file's end, which is read first, is whole."""
+    parquet()(folder)
+    path = folder / "test.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] + b"\xff" * 4000 + content[5000:])
+
+
 def elsewhere(folder: Path):
     """Rows that name files instead of holding bytes; the files are gone."""
     features = Features(image={"bytes": Value("binary"), "path": Value("string")}, label=Value("int64"))
@@ -241,6 +249,7 @@ CASES = [
     source("a folder with no images", 1, lambda folder: (folder / "notes.md").write_text("x"), "it holds no images"),
     source("a zero-byte parquet", 1, parquet(b""), "{dir}/data/train.parquet is no whole parquet file"),
     source("a truncated parquet", 1, truncated, "{dir}/data/test.parquet is no whole parquet file"),
+    source("a damaged parquet", 1, overwritten, "data.source: {dir}/data/test.parquet can't be read"),
     source("a text named parquet", 1, parquet(test=b"hi"), "{dir}/data/test.parquet is no whole parquet file"),
     source("zero rows", 1, parquet(test=rows().select([])), "the split 'test' has no rows ({dir}/data/test.parquet)"),
     source("one row", 1, parquet(rows(THREE, labels=(0, 1, 2) * 10).select([0, 1]), rows(THREE).select([0, 1])),
