@@ -81,16 +81,21 @@ def terminal(runs: list[Run]) -> str:
     return "\n".join([*parts, f"\n### Side by side\n\n{comparison_table(runs)}"])
 
 
-def markdown(runs: list[Run]) -> str:
-    """What a README wants: the whole comparison, the phase changes, and how the runs were made."""
+def markdown(runs: list[Run], with_commands: bool = True) -> str:
+    """What a README wants: the whole comparison, the phase changes, and how the runs were made.
+
+    Args:
+        with_commands: end with the commands that train the runs again, which name files on this machine.
+    """
     parts = [_table(comparison.comparison(runs)), *comparison.legend(runs)]
     if changes := [f"- {sentence}" for run in runs for sentence in phase_changes(run)]:
         parts.append("\n".join(changes))
     differences = comparison.differences(runs)
     if differences and differences.rows:
         parts += ["Where the configurations differ:", _table(differences)]
-    commands = "\n".join(comparison.command(run) for run in runs)
-    parts.append(f"```\n{commands}\n```")
+    if with_commands:
+        commands = "\n".join(comparison.command(run) for run in runs)
+        parts.append(f"```\n{commands}\n```")
     return "\n\n".join(parts)
 
 

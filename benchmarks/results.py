@@ -8,8 +8,8 @@
 docs/results/plan.yaml says which runs there are. Each is trained by the shipped command (benchmarks/patches.py in the
 place of train.py where a row names patches), judged under the 19 corruptions, and its small files are copied from
 runs/NAME-seedN to docs/results/NAME-seedN: configuration, history, summary, robustness, and how it was made. A run that
-was cut short is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md and the measured line of
-recipes are written from those files, and no figure in them by hand.
+was cut short is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with
+its curves and the measured line of recipes are written from those files, and no figure in them by hand.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 import commandline
 import comparison
+import report
 from checkpoint import write_whole
 from config import PLAIN_NAME, Config
 from errors import USAGE, Interrupted, UserError, told
@@ -296,7 +297,7 @@ def keep(row: Row, folder: Path, note: Path) -> None:
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
 
-Figures = dict[str, float | str | None]
+Figures = dict[str, Any]  # numbers, or None where there is no such figure; the run itself, and how it was made
 
 
 def figures(folder: Path) -> Figures:
@@ -311,6 +312,7 @@ def figures(folder: Path) -> Figures:
     names = ("train_loss", "train_top1", "val_loss", "val_top1")
     jump = changes[0] if changes else None
     return {
+        "run": run,
         "epochs": len(run.history),
         **{name: best[name] for name in names},
         **{name: run.summary[name] for name in ("test_loss", "test_top1", "minutes")},
@@ -356,6 +358,10 @@ COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
     "minutes": mean_of("minutes", ".0f"),
     "peak MiB": mean_of("memory", ",.0f"),
 }
+COMPARISON = """# The runs of the results, side by side
+
+Written by `python benchmarks/results.py --tables` from the files in [results/](results/). The commands, data, weights
+and machines behind them: [results.md](results.md)."""
 SHORT = ("epochs", "val top-1 %", "test top-1 %", "robustness %", "minutes")
 Finished = list[tuple[Row, list[Figures]]]
 
@@ -454,9 +460,23 @@ def write_tables(plan: list[Row], runs: Path) -> None:
         put_table(ROOT / "docs" / "results.md", part, f"{made}\n\n{how(own)}" if own else "Nothing yet.")
     main = [(row, found) for row, found in finished if row.part != "explain"]
     put_table(ROOT / "README.md", "summary", table(main, SHORT) if main else "Nothing yet.")
+    write_comparison([it["run"] for _, found in main for it in found])
     for row, found in main:
         if row.speaks_for_its_recipe:
             put(recipe_of(row), MEASURED, measured(row, found))
+
+
+def write_comparison(runs: list[Run]) -> None:
+    """The comparison as a page of Markdown, with the runs' curves."""
+    import plots
+
+    folder = ROOT / "docs" / "curves"
+    parts = [COMPARISON, report.markdown(runs, with_commands=False) if runs else "Nothing yet."]
+    folder.mkdir(exist_ok=True)
+    for picture in plots.curves(runs, with_legend=True) if runs else ():
+        write_whole(folder / f"{picture.stem}.svg", picture.encode("svg").decode())
+        parts.append(f"![{picture.alt}](curves/{picture.stem}.svg)")
+    write_whole(ROOT / "docs" / "comparison.md", "\n\n".join(parts) + "\n")
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

@@ -273,6 +273,17 @@ def test_tables_hold_what_the_files_say(project, args):
     assert "| what three is | 3 |" in (project / "README.md").read_text()
 
 
+def test_the_comparison_shows_the_main_rows_with_their_curves(project, args):
+    rows = [write(row(part, part=part), [0.5]) for part in ("reproduce", "explain")]
+    shutil.rmtree(project / "docs" / "curves", ignore_errors=True)
+    results.write_tables(rows, args.runs)
+    text = (project / "docs" / "comparison.md").read_text()
+    assert "| reproduce-seed0 |" in text and "explain-seed0" not in text and str(project) not in text
+    curves = re.findall(r"\]\((curves/[\w-]+\.svg)\)", text)
+    assert len(curves) == 5
+    assert all((project / "docs" / name).read_text().startswith("<?xml") for name in curves)
+
+
 def test_what_a_change_brings_is_against_the_sections_first_row(project, args):
     """And on the validation rows: a history rises by a point in each epoch of a phase."""
     base = write(row("base", part="explain"), [0.5], phases={"head": 10})
@@ -318,7 +329,12 @@ def test_damage_is_told(project, args):
 def test_no_figure_in_the_tables_was_typed_by_hand(project, args):
     """The committed tables are what the committed files give."""
     results.write_tables(results.read_plan(project / "docs" / "results" / "plan.yaml"), args.runs)
-    for path in ("README.md", "docs/results.md", *(f"recipes/{it.name}" for it in (ROOT / "recipes").glob("*.yaml"))):
+    for path in (
+        "README.md",
+        "docs/results.md",
+        "docs/comparison.md",
+        *(f"recipes/{it.name}" for it in (ROOT / "recipes").glob("*.yaml")),
+    ):
         assert (project / path).read_text() == (ROOT / path).read_text(), path
 
 
