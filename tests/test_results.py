@@ -102,13 +102,24 @@ def test_the_list_says_what_is_there(command):
     [
         (("--run", "nothing"), "--run: there is no row nothing"),
         (("--run", "resnet50"), "--weights: resnet50 needs them"),
+        (("--run", "deep_cnn", "resnet50", "--weights", "w"), "is there, but not .*resnet50-seed0.made.json"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(command, tmp_path, options, said):
-    (tmp_path / "runs").mkdir()
-    result = command("benchmarks/results.py", *options, "--runs", str(tmp_path / "runs"))
-    assert (result.returncode, result.stdout) == (2, "") and said in result.stderr
-    assert not list((tmp_path / "runs").iterdir())
+def test_mistakes_are_told_before_anything_is_trained(project, tmp_path, monkeypatch, options, said):
+    for kept in results.RESULTS.glob("*/"):
+        shutil.rmtree(kept)  # nothing is done yet
+    (tmp_path / "runs" / "resnet50-seed0").mkdir(parents=True)
+    monkeypatch.setattr(results, "execute", lambda *_: pytest.fail("something is trained"))
+    monkeypatch.setattr(sys, "argv", ["results.py", *options, "--runs", str(tmp_path / "runs")])
+    with pytest.raises(UserError, match=said):
+        results.main()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["resnet50-seed0"]
+
+
+def test_a_mistake_is_a_line_for_the_user(command):
+    result = command("benchmarks/results.py", "--run", "nothing")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "error: --run: there is no row nothing in " in result.stderr
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
