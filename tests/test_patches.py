@@ -201,7 +201,7 @@ def test_mistakes_are_told_in_a_line(command, line, said):
 @pytest.mark.parametrize(
     "names",
     [
-        "drifting_batch_norm other_normalisation label_smoothing no_decay_on_norms ema",
+        "drifting_batch_norm label_smoothing no_decay_on_norms ema",
         "mixup trivial_augment layer_decay",
         "unaugmented cutmix erasing noise_and_blur",
     ],
