@@ -1,0 +1,169 @@
+"""The plan of the results tables: which runs there are to be, how each is started, and which of them are done.
+
+docs/results/plan.yaml holds the plan, beside it the small files of the runs that are done.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import turns
+import yaml
+from patches import PATCHES
+from patching import mark
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+import commandline
+from config import PLAIN_NAME, Config
+from errors import USAGE, UserError
+from recipe import check, read_yaml
+
+ROOT = turns.ROOT
+RESULTS = ROOT / "docs" / "results"
+MADE = "made.json"
+ROBUSTNESS = "predictions/robustness.json"
+WEIGHTS = ["--model.weights", "WEIGHTS"]
+MEASURED = r"(?m)^(# )Measured on [^\n]*(\n)"
+
+Part = Literal["reproduce", "explain", "beat"]
+
+
+class Section(BaseModel):
+    """A part of the plan: rows, and what they have in common."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    recipe: str | None = None
+    options: list[str] = []
+    robustness: bool = True
+    rows: list[dict[str, Any]]
+
+    def row(self, part: str, own: dict[str, Any]) -> "Row":
+        common = {"robustness": self.robustness} | ({"recipe": self.recipe} if self.recipe else {})
+        row = Row.model_validate(common | own | {"part": part})
+        return row.model_copy(update={"options": [*self.options, *row.options]})
+
+
+class Row(BaseModel):
+    """A row of the tables: one or more runs that differ by their seed alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(**PLAIN_NAME)]
+    part: Part
+    what: str = Field(min_length=1)
+    recipe: Annotated[str, Field(**PLAIN_NAME)]
+    options: list[str] = []
+    patches: list[str] = []
+    seeds: list[int] = Field([0], min_length=1)
+    robustness: bool = True
+
+    @property
+    def script(self) -> list[str]:
+        return ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
+
+    def runs(self) -> dict[str, list[str]]:
+        """Commands without their launcher, with DATA and WEIGHTS in them, by the names of the runs."""
+        command = [*self.script, "--config", f"recipes/{self.recipe}.yaml", "--data.source", "DATA"]
+        command += [*self.options, "--tracking", "none"]
+        names = {seed: f"{self.name}-seed{seed}" for seed in self.seeds}
+        return {name: [*command, "--seed", str(seed), "--run_name", name] for seed, name in names.items()}
+
+    @property
+    def speaks_for_its_recipe(self) -> bool:
+        """Whether what it measures is the recipe itself, and stands in its file."""
+        return (
+            self.part != "explain" and self.name == self.recipe and not self.patches and self.options in ([], WEIGHTS)
+        )
+
+    def resume(self, folder: Path) -> list[str]:
+        """What goes on with a run."""
+        return [*self.script, "--resume", str(folder)]
+
+
+def launch(precision: str) -> list[str]:
+    return ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", precision]
+
+
+def read_plan(path: Path) -> list[Row]:
+    """The plan's rows; UserError if it can't be read or names what is not there."""
+    where, plan = "", []
+    try:
+        sections = TypeAdapter(dict[Part, Section]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for part, section in sections.items():
+            for number, own in enumerate(section.rows, start=1):
+                where = f"{own.get('name', f'row {number} of {part}')}: "
+                plan.append(section.row(part, own))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"{path}: {where}{'.'.join(map(str, problem['loc']))}: {problem['msg']}", USAGE) from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} can't be read: {error}", USAGE) from None
+    names = [row.name for row in plan]
+    for row in plan:
+        if names.count(row.name) > 1:
+            raise UserError(f"{path}: {row.name} is there twice", USAGE)
+        if not recipe_of(row).is_file():
+            raise UserError(f"{path}: {row.name}: there is no {recipe_of(row)}", USAGE)
+        if row.speaks_for_its_recipe and len(re.findall(MEASURED, recipe_of(row).read_text(encoding="utf-8"))) != 1:
+            raise UserError(f"{recipe_of(row)}: should have one line that begins with '# Measured on'", USAGE)
+        if unknown := set(row.patches) - set(PATCHES):
+            raise UserError(f"{path}: {row.name}: there is no patch {min(unknown)}", USAGE)
+    return plan
+
+
+def recipe_of(row: Row) -> Path:
+    return ROOT / "recipes" / f"{row.recipe}.yaml"
+
+
+def state(row: Row, run: str, runs: Path) -> str:
+    """Whether a run is done (its files are kept), cut short or missing, or is there, but not as it is planned now."""
+    kept, note = RESULTS / run, note_of(runs, run)
+    if (kept / MADE).is_file() and as_planned(row, run, kept):
+        return "done"
+    if note.is_file() and read_made(note)["command"] == shlex.join(row.runs()[run]):
+        return "cut short"
+    return "changed" if kept.exists() or note.is_file() else "missing"
+
+
+def as_planned(row: Row, run: str, kept: Path) -> bool:
+    """Whether kept files are those of the plan and of the recipe as it is now."""
+    command = row.runs()[run]
+    if read_made(kept / MADE)["command"] != shlex.join(command):
+        return False
+    if row.robustness and not (kept / ROBUSTNESS).is_file():
+        return False
+    trained = check(read_yaml(kept / "config.yaml"), str(kept / "config.yaml"))
+    return dataclasses.replace(without_place(trained), environment=None) == without_place(planned(row, run))
+
+
+def planned(row: Row, run: str) -> Config:
+    """What a run's config.yaml is to say, with DATA and WEIGHTS in it, and without its environment."""
+    command = row.runs()[run]
+    config, _ = commandline.parse(["--config", str(recipe_of(row)), *command[command.index("--data.source") :]])
+    return dataclasses.replace(config, recipe=config.recipe + mark(row.patches))
+
+
+def without_place(config: Config) -> Config:
+    """The configuration without what says where a run lies, and how this machine reads the data."""
+    return dataclasses.replace(
+        config, run_name=None, output_dir="runs", data=dataclasses.replace(config.data, streaming=None)
+    )
+
+
+def read_made(path: Path) -> dict:
+    """How a run was made; UserError if that can't be read."""
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        made["command"], made["precision"], made["sessions"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); delete it to start over") from None
+    return made
+
+
+def note_of(runs: Path, run: str) -> Path:
+    """Where it is noted how a run is made. Beside its folder, which is not there yet when the run is started."""
+    return runs / f"{run}.{MADE}"

@@ -1,0 +1,200 @@
+"""The results tables, made of the kept files of the runs that are done.
+
+The tables in README.md and docs/results.md, docs/comparison.md with its curves and the measured line of recipes.
+"""
+
+import re
+import shlex
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plan import MADE, MEASURED, RESULTS, ROOT, Row, launch, read_made, recipe_of, state
+
+import comparison
+import report
+from checkpoint import write_whole
+from errors import UserError
+from runfolder import Run, read_run
+
+Figures = dict[str, Any]  # numbers, or None where there is no such figure; the run itself, and how it was made
+
+
+def figures(folder: Path) -> Figures:
+    """What the tables say of a kept run: fractions, nats, minutes, MiB. None where there is no such figure."""
+    run: Run = read_run(folder)
+    if run.notes or not run.summary or not run.history:
+        raise UserError(f"{folder} is damaged: {'; '.join(run.notes) or 'it has no summary or no history'}")
+    best, found, changes = comparison.best_epoch(run), comparison.robustness(run), comparison.phase_changes(run)
+    made = read_made(folder / MADE)
+    pairs = zip(run.history, run.history[1:], strict=False)
+    fell = [a["epoch"] for a, b in pairs if a["phase"] == b["phase"] and b["lr"] < 0.2 * a["lr"]]  # not a cosine's
+    names = ("train_loss", "train_top1", "val_loss", "val_top1")
+    jump = changes[0] if changes else None
+    return {
+        "run": run,
+        "epochs": len(run.history),
+        **{name: best[name] for name in names},
+        **{name: run.summary[name] for name in ("test_loss", "test_top1", "minutes")},
+        "mean15": found.mean15 if found else None,
+        "jump": jump.one - jump.top1 if jump else None,
+        "later": jump.several - jump.top1 if jump and jump.several is not None else None,
+        "span": jump.span if jump else None,
+        "fell": ", ".join(map(str, fell)) or "-",
+        "memory": max(it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train") or None,
+        "made": made,
+    }
+
+
+def spread(values: list, form: str, scale: float = 1.0) -> str:
+    """Mean and, of several, standard deviation over the seeds."""
+    if any(value is None for value in values):
+        return "-"
+    values = [scale * value for value in values]
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
+
+
+def mean_of(name: str, form: str, scale: float = 1.0) -> Callable[[list[Figures]], str]:
+    return lambda found: spread([it[name] for it in found], form, scale)
+
+
+def jumps(found: list[Figures]) -> str:
+    one, later = mean_of("jump", "+.1f", 100)(found), mean_of("later", "+.1f", 100)(found)
+    return one if later == "-" else f"{one} in one epoch, {later} in {found[0]['span']}"
+
+
+COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
+    "epochs": mean_of("epochs", ".0f"),
+    "train loss": mean_of("train_loss", ".3f"),
+    "train top-1 %": mean_of("train_top1", ".1f", 100),
+    "val loss": mean_of("val_loss", ".3f"),
+    "val top-1 %": mean_of("val_top1", ".1f", 100),
+    "test loss": mean_of("test_loss", ".3f"),
+    "test top-1 %": mean_of("test_top1", ".1f", 100),
+    "robustness %": mean_of("mean15", ".1f", 100),
+    "phase change, points": jumps,
+    "lr fell after epoch": lambda found: "; ".join(it["fell"] for it in found),
+    "minutes": mean_of("minutes", ".0f"),
+    "peak MiB": mean_of("memory", ",.0f"),
+}
+COMPARISON = """# The runs of the results, side by side
+
+Written by `python benchmarks/results.py --tables` from the files in [results/](results/). The commands, data, weights
+and machines behind them: [results.md](results.md)."""
+SHORT = ("epochs", "val top-1 %", "test top-1 %", "robustness %", "minutes")
+Finished = list[tuple[Row, list[Figures]]]
+
+
+def table(rows: Finished, columns) -> str:
+    """Markdown: a line for each row that has a finished run."""
+    lines = [[row.what, str(len(found)), *(COLUMNS[column](found) for column in columns)] for row, found in rows]
+    return markdown(["", "seeds", *columns], lines)
+
+
+def ablation(rows: Finished, first: Row) -> str:
+    """Markdown: each row against the section's first one, which each other row has one change to.
+
+    Changes are judged on the validation rows: the test split is no place to choose by.
+    """
+    columns, lines = ("val top-1 %", "val loss", "train top-1 %", "minutes"), []
+    reached = {row.name: statistics.mean(it["val_top1"] for it in found) for row, found in rows}
+    for row, found in rows:
+        gained = "-"
+        if row.name != first.name and first.name in reached:
+            gained = format(100 * (reached[row.name] - reached[first.name]), "+.1f")
+        lines.append([row.what, str(len(found)), gained, *(COLUMNS[column](found) for column in columns)])
+    return markdown(["", "seeds", "points of val top-1", *columns], lines)
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in [head, ["---"] * len(head), *lines]
+    )
+
+
+def how(rows: Finished) -> str:
+    """The commands behind a table, with their commits, dates and machines."""
+    lines = []
+    for row, found in rows:
+        made = [it["made"] for it in found]
+        precisions = sorted({it["precision"] for it in made})
+        if len(precisions) > 1:
+            raise UserError(f"{row.name}: its seeds were trained in {' and '.join(precisions)}; train them in one")
+        sessions = [session for it in made for session in it["sessions"]]
+        facts = [
+            sorted(
+                {", ".join(it["machine"][key] for key in ("device", "machine", "cpu_capability")) for it in sessions}
+            ),
+            ["commit " + ", ".join(sorted({it["commit"] for it in sessions}))],
+            [", ".join(sorted({it["date"] for it in sessions}))],
+            sorted({f"weights' SHA-256 {it['weights_sha256'][:12]}..." for it in sessions if "weights_sha256" in it}),
+        ]
+        seeds = f", and seeds {', '.join(map(str, row.seeds[1:]))}" if found[1:] else ""
+        lines.append(
+            f"- {row.what}: `{shlex.join([*launch(precisions[0]), *shlex.split(made[0]['command'])])}`{seeds} "
+            f"({'; '.join(fact for group in facts for fact in group)})"
+        )
+    return "\n".join(lines)
+
+
+def put(path: Path, pattern: str, text: str) -> None:
+    """Write text in the place of a pattern that has to be in the file once; around it stay groups 1 and 2."""
+    old = path.read_text(encoding="utf-8")
+    new, count = re.subn(pattern, lambda found: f"{found[1]}{text}{found[2]}", old, flags=re.DOTALL | re.MULTILINE)
+    if count != 1:
+        raise UserError(f"{path}: {pattern} should match once, and does {count} times")
+    if new != old:
+        write_whole(path, new)
+        print(f"written: {path.relative_to(ROOT)}")
+
+
+def put_table(path: Path, name: str, text: str) -> None:
+    """Write a table between its marks."""
+    put(path, rf"(^<!-- results: {name} -->\n)(?:(?!<!--).)*?(^<!-- end -->)", f"{text}\n")
+
+
+def measured(row: Row, found: list[Figures]) -> str:
+    """A recipe's measured line."""
+    seeds = f"{len(found)} seeds" if found[1:] else "one seed"
+    weights = " from Tiny ImageNet weights (not ImageNet)," if row.options else ""
+    made = found[0]["made"]
+    precision, device = made["precision"].replace("no", "fp32"), made["sessions"][0]["machine"]["device"]
+    return (
+        f"Measured on CIFAR-100,{weights} {precision}, {device}, {seeds}: "
+        f"test top-1 {COLUMNS['test top-1 %'](found)} %. Conditions: docs/results.md."
+    )
+
+
+def write_tables(plan: list[Row], runs: Path) -> None:
+    """Rebuild all tables, and the measured lines of recipes that were run as they are."""
+    finished: Finished = []
+    for row in plan:
+        done = [run for run in row.runs() if state(row, run, runs) == "done"]
+        if done:
+            finished.append((row, [figures(RESULTS / run) for run in done]))
+    for part in ("reproduce", "explain", "beat"):
+        own = [(row, found) for row, found in finished if row.part == part]
+        first = next((row for row in plan if row.part == part), None)
+        made = ablation(own, first) if part == "explain" else table(own, COLUMNS)
+        put_table(ROOT / "docs" / "results.md", part, f"{made}\n\n{how(own)}" if own else "Nothing yet.")
+    main = [(row, found) for row, found in finished if row.part != "explain"]
+    put_table(ROOT / "README.md", "summary", table(main, SHORT) if main else "Nothing yet.")
+    write_comparison([it["run"] for _, found in main for it in found])
+    for row, found in main:
+        if row.speaks_for_its_recipe:
+            put(recipe_of(row), MEASURED, measured(row, found))
+
+
+def write_comparison(runs: list[Run]) -> None:
+    """The comparison as a page of Markdown, with the runs' curves."""
+    import plots
+
+    folder = ROOT / "docs" / "curves"
+    parts = [COMPARISON, report.markdown(runs, with_commands=False) if runs else "Nothing yet."]
+    folder.mkdir(exist_ok=True)
+    for picture in plots.curves(runs, with_legend=True) if runs else ():
+        write_whole(folder / f"{picture.stem}.svg", picture.encode("svg").decode())
+        parts.append(f"![{picture.alt}](curves/{picture.stem}.svg)")
+    write_whole(ROOT / "docs" / "comparison.md", "\n\n".join(parts) + "\n")
