@@ -225,7 +225,7 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     """Load a checkpoint into what has been prepared, which must be of the checkpoint's phase, and put its best/ back.
 
     Returns:
-        The rows of the epoch that had begun, for `Classification.load_state_dict`.
+        What `Classification.load_state_dict` takes, of the epoch that had begun.
 
     Raises:
         UserError: this process's random states can't be restored (Accelerate would go on without them).
@@ -245,9 +245,9 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
             f"--resume: {path} has no fitting random states for process {accelerator.process_index}: resume with as "
             "many processes, and devices of the same kind and number, as the run was started with"
         )
-    rows = load_file(path / f"epoch_{accelerator.process_index}.safetensors")
+    epoch = load_file(path / f"epoch_{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
-    return {name: part.to(accelerator.device) for name, part in rows.items()}
+    return epoch
 
 
 def _random_states_are(states: dict) -> bool:

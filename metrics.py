@@ -8,7 +8,7 @@ from torch import Tensor
 
 from errors import UserError
 
-CHUNK = 2**16  # rows that are computed at once: what evaluate makes of them takes several times their memory
+CHUNK = 2**16  # rows that are summed up at once: what evaluate makes of them takes several times their memory
 IGNORED = -1  # the label of a row that no loss and no figure counts: its image could not be decoded
 
 
@@ -51,17 +51,24 @@ class MeanLoss(evaluate.Metric):
 
 
 class Classification:
-    """Collects one epoch's rows and computes `loss`, `top1` and `top5` once, at its end.
+    """Collects one epoch's rows and tells its `loss`, `top1` and `top5` at its end.
 
-    What is collected stays on the device, so that no step has to wait for it.
+    What is collected stays on the device, so that no step has to wait for it. Only once in CHUNK rows it is summed up,
+    so that memory does not grow with the epoch.
     """
 
     PARTS = ("losses", "classes", "labels")
+    SUMS = ("loss", "top1", "top5", "counted", "corrupt")
 
     def __init__(self):
         self.metrics = [TopKAccuracy(1, keep_in_memory=True), TopKAccuracy(5, keep_in_memory=True)]
         self.loss = MeanLoss(keep_in_memory=True)
-        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # those not summed up yet
+        self.waiting = 0  # how many these are
+        self.sums = dict.fromkeys(self.SUMS, 0.0)
 
     @staticmethod
     def reduce(logits: Tensor, labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,40 +77,54 @@ class Classification:
 
     def add(self, losses: Tensor, classes: Tensor, labels: Tensor) -> None:
         self.rows.append((losses, classes, labels))
+        self.waiting += len(labels)
+        if self.waiting >= CHUNK:
+            self._sum_up()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The rows added so far: `losses` (N,), `classes` (N, 5), `labels` (N,); nothing if there are none."""
-        return {name: torch.cat(part) for name, part in zip(self.PARTS, zip(*self.rows, strict=True), strict=False)}
+        """What was added so far: `losses` (N,), `classes` (N, 5), `labels` (N,), and `sums` (5,) of the rows before."""
+        state = {name: torch.cat(part) for name, part in zip(self.PARTS, zip(*self.rows, strict=True), strict=False)}
+        return state | {"sums": torch.tensor(list(self.sums.values()), dtype=torch.float64)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.rows = [tuple(state[name] for name in self.PARTS)] if state else []
+    def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
+        self._start_afresh()
+        self.sums = dict(zip(self.SUMS, state["sums"].tolist(), strict=True))
+        if "labels" in state:
+            self.add(*(state[name].to(device) for name in self.PARTS))
 
-    def compute(self, gather=lambda rows: rows) -> dict[str, float]:
+    def compute(self, gather=lambda sums: sums) -> dict[str, float]:
         """The figures of all rows added since the last call, and as `corrupt` how many were ignored, if any were.
 
         Args:
-            gather: brings the rows of all processes together, where that has not been done batch by batch.
+            gather: joins the processes' lists (of one dict each), where their rows were not gathered batch by batch.
 
         Raises:
             UserError: nothing was added, or nothing that counts.
         """
-        if not self.rows:
+        self._sum_up()
+        processes = gather([self.sums])
+        sums = {name: sum(each[name] for each in processes) for name in self.SUMS}
+        self._start_afresh()
+        if not sums["counted"] + sums["corrupt"]:
             raise UserError("there are no rows to judge: the split is empty")
-        losses, classes, labels = (
-            part.cpu().numpy() for part in gather(tuple(torch.cat(part) for part in zip(*self.rows, strict=True)))
-        )
-        self.rows = []
-        counted = labels != IGNORED
-        if not counted.any():
+        if not sums["counted"]:
             raise UserError("none of the images can be decoded")
-        ignored = len(labels) - int(counted.sum())
-        losses, classes, labels = losses[counted], classes[counted], labels[counted]
-        result = dict.fromkeys(("loss", "top1", "top5"), 0.0)
-        for begin in range(0, len(labels), CHUNK):
-            part = slice(begin, begin + CHUNK)
-            figures = self.loss.compute(predictions=losses[part], references=labels[part])
-            for metric in self.metrics:
-                figures |= metric.compute(predictions=classes[part], references=labels[part])
-            for name, value in figures.items():
-                result[name] += value * len(labels[part]) / len(labels)
-        return result | ({"corrupt": ignored} if ignored else {})
+        figures = {name: sums[name] / sums["counted"] for name in ("loss", "top1", "top5")}
+        return figures | ({"corrupt": int(sums["corrupt"])} if sums["corrupt"] else {})
+
+    def _sum_up(self) -> None:
+        if not self.rows:
+            return
+        losses, classes, labels = (torch.cat(part).cpu().numpy() for part in zip(*self.rows, strict=True))
+        self.rows, self.waiting = [], 0
+        counts = labels != IGNORED
+        losses, classes, labels = losses[counts], classes[counts], labels[counts]
+        self.sums["corrupt"] += len(counts) - len(labels)
+        self.sums["counted"] += len(labels)
+        if not len(labels):
+            return
+        figures = self.loss.compute(predictions=losses, references=labels)
+        for metric in self.metrics:
+            figures |= metric.compute(predictions=classes, references=labels)
+        for name, mean in figures.items():
+            self.sums[name] += mean * len(labels)

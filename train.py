@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
 import augment
 import checkpoint
@@ -141,7 +141,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             )
             launch.own_generators(train_loader, val_loader)
             if saved:
-                metrics.load_state_dict(checkpoint.restore(accelerator, saved, run))
+                metrics.load_state_dict(checkpoint.restore(accelerator, saved, run), accelerator.device)
                 if state.phase_epoch:
                     schedule.load_state_dict(state.schedule)
                     stopping = EarlyStopping(**state.early_stopping)
@@ -185,7 +185,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 ended = time.perf_counter()
 
                 # From here on every process has the same figures, and so takes the same decisions.
-                trained = metrics.compute(accelerator.gather)
+                trained = metrics.compute(gather_object)
                 schedule.step(validated["top1"])
                 best = state.end_epoch(validated["top1"], ended - began, schedule, stopping)
                 row = {

@@ -64,15 +64,45 @@ def test_they_are_metrics_of_the_evaluate_library():
     assert loss.compute() == {"loss": 3.0}
 
 
-def test_rows_are_computed_in_parts_to_the_same_figures(monkeypatch):
+def a_hundred_rows():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(100, 10, generator=generator), torch.randint(10, (100,), generator=generator)
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    figures = []
-    for rows_at_once in (1000, 7):
-        monkeypatch.setattr("metrics.CHUNK", rows_at_once)
-        collected = Classification()
-        collected.add(*Classification.reduce(logits, labels, losses))
-        figures.append(collected.compute())
-    assert figures[1] == pytest.approx(figures[0], rel=1e-12)
-    assert 0 < figures[0]["top1"] < figures[0]["top5"] < 1
+    labels[[3, 50, 51]] = IGNORED
+    return logits, labels, F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+
+
+def added(metrics, rows):
+    logits, labels, losses = a_hundred_rows()
+    for part in rows:
+        metrics.add(*metrics.reduce(logits[part], labels[part], losses[part]))
+    return metrics
+
+
+def test_rows_are_summed_up_as_they_come_to_the_same_figures(monkeypatch):
+    rows = torch.arange(100).split(4)
+    whole = added(Classification(), rows).compute()
+    monkeypatch.setattr("metrics.CHUNK", 7)
+    metrics = Classification()
+    for part in rows:
+        added(metrics, [part])
+        assert sum(len(labels) for *_, labels in metrics.rows) < 7, "memory does not grow with the epoch"
+    assert metrics.compute() == pytest.approx(whole, rel=1e-12)
+    assert 0 < whole["top1"] < whole["top5"] < 1 and whole["corrupt"] == 3
+
+
+@pytest.mark.parametrize("begun", [0, 1, 5, 24])
+def test_what_was_added_before_a_checkpoint_counts_after_it(monkeypatch, begun):
+    rows = torch.arange(100).split(4)
+    monkeypatch.setattr("metrics.CHUNK", 7)
+    saved = added(Classification(), rows[:begun]).state_dict()
+    again = Classification()
+    again.load_state_dict(saved, torch.device("cpu"))
+    assert added(again, rows[begun:]).compute() == added(Classification(), rows).compute()
+
+
+def test_processes_count_by_their_rows():
+    rows = torch.arange(100).split(4)
+    one, two = added(Classification(), rows[:5]), added(Classification(), rows[5:])
+    one._sum_up()
+    figures = two.compute(lambda sums: [one.sums, *sums])
+    assert figures == pytest.approx(added(Classification(), rows).compute(), rel=1e-12)
