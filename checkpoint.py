@@ -65,8 +65,8 @@ class Checkpoints:
         accelerator.wait_for_everyone()
         try:
             accelerator.save_state(str(unfinished))
-            rows = {name: rows.cpu() for name, rows in metrics.state_dict().items()}
-            save_file(rows, unfinished / f"epoch_{accelerator.process_index}.safetensors")
+            epoch = {name: part.cpu() for name, part in metrics.state_dict().items()}
+            save_file(epoch, unfinished / f"epoch_{accelerator.process_index}.safetensors")
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 if (self.run / "best").is_dir():

@@ -34,7 +34,7 @@ def train_epoch(
     micro_batch_size: int,
     clip_norm: float | None = None,
 ) -> Iterator[Step]:
-    """Train for one epoch and yield after each optimizer step; afterwards `metrics` holds the epoch's rows.
+    """Train for one epoch and yield after each optimizer step; afterwards `metrics` has taken in the epoch's rows.
 
     A batch is this process's share of the global batch. It goes through the model in pieces of `micro_batch_size`
     images whose gradients are accumulated; as the pieces are equal, the mean of their losses is the batch's loss.

@@ -1,4 +1,7 @@
-"""Loss and accuracy as `evaluate.Metric` classes of this project, which need no download from the hub."""
+"""Loss and accuracy as `evaluate.Metric` classes of this project, which need no download from the hub.
+
+And over an epoch: `Classification` collects its rows and tells their figures.
+"""
 
 import datasets
 import evaluate
@@ -58,7 +61,7 @@ class Classification:
     """
 
     PARTS = ("losses", "classes", "labels")
-    SUMS = ("loss", "top1", "top5", "counted", "corrupt")
+    SUMS = ("loss", "top1", "top5", "counted", "corrupt")  # the metrics' own names, and two numbers of rows
 
     def __init__(self):
         self.metrics = [TopKAccuracy(1, keep_in_memory=True), TopKAccuracy(5, keep_in_memory=True)]
@@ -82,13 +85,19 @@ class Classification:
             self._sum_up()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was added so far: `losses` (N,), `classes` (N, 5), `labels` (N,), and `sums` (5,) of the rows before."""
+        """What was added so far: `losses` (N,), `classes` (N, 5), `labels` (N,) and, of the rows before, `sums` (5,).
+
+        What there is none of is left out.
+        """
         state = {name: torch.cat(part) for name, part in zip(self.PARTS, zip(*self.rows, strict=True), strict=False)}
-        return state | {"sums": torch.tensor(list(self.sums.values()), dtype=torch.float64)}
+        if any(self.sums.values()):
+            state["sums"] = torch.tensor(list(self.sums.values()), dtype=torch.float64)
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
         self._start_afresh()
-        self.sums = dict(zip(self.SUMS, state["sums"].tolist(), strict=True))
+        if "sums" in state:
+            self.sums = dict(zip(self.SUMS, state["sums"].tolist(), strict=True))
         if "labels" in state:
             self.add(*(state[name].to(device) for name in self.PARTS))
 
@@ -102,13 +111,13 @@ class Classification:
             UserError: nothing was added, or nothing that counts.
         """
         self._sum_up()
-        processes = gather([self.sums])
-        sums = {name: sum(each[name] for each in processes) for name in self.SUMS}
+        gathered = gather([self.sums])
+        sums = {name: sum(each[name] for each in gathered) for name in self.SUMS}
         self._start_afresh()
         if not sums["counted"] + sums["corrupt"]:
-            raise UserError("there are no rows to judge: the split is empty")
+            raise UserError("there are no rows to judge: the split is empty", shared=True)
         if not sums["counted"]:
-            raise UserError("none of the images can be decoded")
+            raise UserError("none of the images can be decoded", shared=True)
         figures = {name: sums[name] / sums["counted"] for name in ("loss", "top1", "top5")}
         return figures | ({"corrupt": int(sums["corrupt"])} if sums["corrupt"] else {})
 
@@ -117,14 +126,15 @@ class Classification:
             return
         losses, classes, labels = (torch.cat(part).cpu().numpy() for part in zip(*self.rows, strict=True))
         self.rows, self.waiting = [], 0
-        counts = labels != IGNORED
-        losses, classes, labels = losses[counts], classes[counts], labels[counts]
-        self.sums["corrupt"] += len(counts) - len(labels)
+        counted = labels != IGNORED
+        losses, classes, labels = losses[counted], classes[counted], labels[counted]
+        self.sums["corrupt"] += len(counted) - len(labels)
         self.sums["counted"] += len(labels)
         if not len(labels):
             return
-        figures = self.loss.compute(predictions=losses, references=labels)
+        self.sums["loss"] += self.loss.compute(predictions=losses, references=labels)["loss"] * len(labels)
         for metric in self.metrics:
-            figures |= metric.compute(predictions=classes, references=labels)
-        for name, mean in figures.items():
-            self.sums[name] += mean * len(labels)
+            for name, share in metric.compute(predictions=classes, references=labels).items():
+                self.sums[name] += round(
+                    share * len(labels)
+                )  # a whole number, so that a tie stays one in whatever parts

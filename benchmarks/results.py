@@ -10,6 +10,8 @@ place of train.py where a row names patches), judged under the 19 corruptions, a
 runs/NAME-seedN to docs/results/NAME-seedN: configuration, history, summary, robustness, and how it was made. A run that
 was cut short is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with
 its curves and the measured line of recipes are written from those files, and no figure in them by hand.
+
+Here runs are made; results_plan.py says which, and results_tables.py writes the tables.
 """
 
 import argparse
@@ -26,8 +28,20 @@ from pathlib import Path
 import turns
 import yaml
 from filelock import FileLock
-from plan import MADE, RESULTS, ROBUSTNESS, ROOT, Row, launch, note_of, read_made, read_plan, state
-from tables import write_tables
+from results_plan import (
+    MADE,
+    RESULTS,
+    ROBUSTNESS,
+    ROOT,
+    Row,
+    as_planned,
+    launcher,
+    note_of,
+    read_made,
+    read_plan,
+    state,
+)
+from results_tables import write_tables
 
 from checkpoint import write_whole
 from errors import USAGE, Interrupted, UserError, told
@@ -48,7 +62,7 @@ def complete(row: Row, run: str, args) -> None:
             facts["weights_sha256"] = digest(Path(args.weights))
         made["sessions"].append(facts)
         write_whole(note, json.dumps(made, indent=1) + "\n")
-        code, facts["peak_memory_mib"] = execute(args, [*launch(made["precision"]), *words], folder)
+        code, facts["peak_memory_mib"] = execute(args, [*launcher(made["precision"]), *words], folder)
         write_whole(note, json.dumps(made, indent=1) + "\n")
         if code:
             raise UserError(f"{run}: that command has ended with exit code {code}, for the reason above")
@@ -67,8 +81,11 @@ def check_startable(row: Row, run: str, runs: Path) -> None:
     folder, note = runs / run, note_of(runs, run)
     if folder.exists() and not note.is_file():
         raise UserError(f"{folder} is there, but not {note}, which says how it was made: move it away")
-    if note.is_file() and read_made(note)["command"] != shlex.join(row.runs()[run]):
-        raise UserError(f"{folder} was started by another command than the plan's: delete it and {note} to start over")
+    if note.is_file() and not as_planned(row, run, folder, note):
+        raise UserError(
+            f"{folder} was started by another command than the plan's, or its recipe has changed since: delete it and "
+            f"{note} to start over"
+        )
 
 
 def digest(weights: Path) -> str:
@@ -159,7 +176,7 @@ def main() -> None:
         complete(row, run, args)
         write_tables(plan, args.runs)
     if args.tables or args.run is not None:
-        return write_tables(plan, args.runs)
+        return None if missing else write_tables(plan, args.runs)
     for row in plan:
         for run in row.runs():
             print(f"{state(row, run, args.runs):10s} {row.part:10s} {run:34s} {row.what}")

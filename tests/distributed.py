@@ -14,13 +14,13 @@ from torch import nn
 import data
 import launch
 import loading
+import metrics
 import models
 import streaming
 from config import DataConfig, ModelConfig, PhaseConfig
 from engine import train_epoch, unwrap, validate
 from errors import UserError
 from faults import fitting_micro_batch
-from metrics import Classification
 from phases import make_optimizer
 from recipe import check
 
@@ -47,7 +47,7 @@ def a_loss_that_is_not_finite_on_one_process(accelerator: Accelerator, model: nn
         return images * (torch.nan if accelerator.process_index == 1 and len(calls) == 3 else 1)
 
     parameters = tuple(name for name, _ in model.named_parameters())
-    for step in train_epoch(accelerator, prepared, [batch] * 5, transform, optimizer, Classification(), 4):
+    for step in train_epoch(accelerator, prepared, [batch] * 5, transform, optimizer, metrics.Classification(), 4):
         unapplied.append(int(step.unapplied))
         digests.append(digest(model, parameters))
     assert unapplied == [0, 0, 1, 2, 3], (accelerator.process_index, unapplied)
@@ -76,11 +76,13 @@ def corrupt_images(accelerator: Accelerator, corrupted: str) -> None:
         loading.loader(source, "train", config, 2),
         loading.loader(source, "test", config, 4),
     )
-    metrics, transform = Classification(), lambda images: images.float() / 255
-    steps = sum(1 for _ in train_epoch(accelerator, model, train_rows, transform, optimizer, metrics, 2))
-    trained, tested = metrics.compute(accelerator.gather), validate(accelerator, model, test_rows, transform, 4)
+    metrics.CHUNK = 8  # so that figures are summed up on each process before the epoch's end
+    collected, transform = metrics.Classification(), lambda images: images.float() / 255
+    steps = sum(1 for _ in train_epoch(accelerator, model, train_rows, transform, optimizer, collected, 2))
+    trained, tested = collected.compute(gather_object), validate(accelerator, model, test_rows, transform, 4)
     assert steps == len(source.train) // 4 and tested["corrupt"] == 2
     assert same_everywhere([steps, trained, tested])
+    metrics.CHUNK = 2**16
 
 
 def a_resumed_epoch_goes_on_behind_its_first_steps(accelerator: Accelerator, parquet: str) -> None:
@@ -155,17 +157,17 @@ def main(parquet: str, corrupted: str) -> None:
         models.freeze_all_but(model, modules)
         optimizer = make_optimizer(PhaseConfig(modules=modules, epochs=1, lr=0.05, optimizer="sgd"), model)
         prepared, optimizer, rows = accelerator.prepare(model, optimizer, loading.loader(source, "train", config, 16))
-        metrics = Classification()
+        collected = metrics.Classification()
 
         def to_four_classes(loader):
             for batch in loader:
                 yield {"image": batch["image"], "label": batch["label"] % 4}
 
         steps = train_epoch(
-            accelerator, prepared, to_four_classes(rows), lambda images: images.float() / 255, optimizer, metrics, 16
+            accelerator, prepared, to_four_classes(rows), lambda images: images.float() / 255, optimizer, collected, 16
         )
         images = sum(step.images for step in steps)
-        gathered = metrics.compute(accelerator.gather)
+        gathered = collected.compute(gather_object)
         model = unwrap(accelerator, prepared)
         assert same_everywhere(gathered), "every rank has the same figures"
         buffers = tuple(name for name, _ in model.named_buffers())

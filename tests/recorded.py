@@ -107,7 +107,7 @@ def record(config, double: bool) -> dict:
         compute, rows = engine.Classification.compute, []
 
         def counting(self, *args):
-            rows.append(sum(len(labels) for _, _, labels in self.rows))
+            rows.append(self.waiting + self.sums["counted"] + self.sums["corrupt"])
             return compute(self, *args)
 
         engine.Classification.compute = counting

@@ -32,7 +32,9 @@ def step(model, optimizer):
 
 def some_rows():
     metrics = Classification()
-    metrics.add(torch.rand(3), torch.arange(15).view(3, 5), torch.tensor([0, 1, 2]))
+    for labels in ([0, 1, 2], [0, 6, 13, 14]):
+        rows = len(labels)
+        metrics.add(torch.rand(rows), torch.arange(5 * rows).view(rows, 5), torch.tensor(labels))
     return metrics
 
 
@@ -45,7 +47,11 @@ def draws():
     return random.random(), np.random.rand(), torch.rand(1).item()
 
 
-def test_what_is_saved_comes_back_random_states_and_the_epochs_rows_included(prepared, tmp_path):
+@pytest.mark.parametrize("summed_up_at", [2, 4, 1000])
+def test_what_is_saved_comes_back_random_states_and_the_epochs_figures_included(
+    prepared, tmp_path, monkeypatch, summed_up_at
+):
+    monkeypatch.setattr("metrics.CHUNK", summed_up_at)
     accelerator, model, optimizer = prepared
     step(model, optimizer)
     metrics = some_rows()

@@ -15,9 +15,9 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-import plan
 import results
-import tables
+import results_plan
+import results_tables
 
 import commandline
 from errors import UserError
@@ -29,18 +29,16 @@ def project(tmp_path, monkeypatch):
     for name in ("docs", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "README.md", tmp_path)
-    place(monkeypatch, tmp_path)
+    for module in (results, results_plan, results_tables):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "docs" / "results")
     return tmp_path
 
 
-def place(monkeypatch, root):
-    for module in (plan, results, tables):
-        monkeypatch.setattr(module, "ROOT", root)
-        monkeypatch.setattr(module, "RESULTS", root / "docs" / "results")
-
-
 def row(name, **values):
-    return plan.Row(**({"name": name, "part": "reproduce", "what": f"what {name} is", "recipe": "resnet50"} | values))
+    return results_plan.Row(
+        **({"name": name, "part": "reproduce", "what": f"what {name} is", "recipe": "resnet50"} | values)
+    )
 
 
 def made_of(it, run, **values):
@@ -52,10 +50,10 @@ def made_of(it, run, **values):
 def write(it, top1s, minutes=30.0, phases=None):
     """A row's finished runs as `results.keep` leaves them."""
     for run, test_top1 in zip(it.runs(), top1s, strict=True):
-        folder = plan.RESULTS / run
+        folder = results_plan.RESULTS / run
         shutil.rmtree(folder, ignore_errors=True)
         run_folders.write_run(folder, phases or {"head": 10, "finetune": 10})
-        (folder / "config.yaml").write_text(plan.planned(it, run).to_yaml())
+        (folder / "config.yaml").write_text(results_plan.planned(it, run).to_yaml())
         summary = {"test_loss": 2.0, "test_top1": test_top1, "test_top5": 0.8, "parameters": 5, "minutes": minutes}
         (folder / "summary.json").write_text(json.dumps(summary))
         run_folders.write_predictions(folder, run_folders.corrupted("robustness", mean15=0.345))
@@ -68,8 +66,8 @@ def write(it, top1s, minutes=30.0, phases=None):
 
 def test_the_plan_is_sound():
     """Each row's recipe takes its options."""
-    for it in plan.read_plan(ROOT / "docs" / "results" / "plan.yaml"):
-        config, _ = commandline.parse(["--config", str(plan.recipe_of(it)), *it.options])
+    for it in results_plan.read_plan(ROOT / "docs" / "results" / "plan.yaml"):
+        config, _ = commandline.parse(["--config", str(results_plan.recipe_of(it)), *it.options])
         assert config.recipe == it.recipe
 
 
@@ -93,7 +91,7 @@ def test_the_plan_is_sound():
 def test_a_mistake_in_the_plan_is_named(tmp_path, text, said):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(UserError, match=said):
-        plan.read_plan(tmp_path / "plan.yaml")
+        results_plan.read_plan(tmp_path / "plan.yaml")
 
 
 def test_the_list_says_what_is_there(command):
@@ -111,7 +109,7 @@ def test_the_list_says_what_is_there(command):
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(project, tmp_path, monkeypatch, options, said):
-    for kept in plan.RESULTS.glob("*/"):
+    for kept in results_plan.RESULTS.glob("*/"):
         shutil.rmtree(kept)  # nothing is done yet
     (tmp_path / "runs" / "resnet50-seed0").mkdir(parents=True)
     monkeypatch.setattr(results, "execute", lambda *_: pytest.fail("something is trained"))
@@ -151,7 +149,7 @@ def scripted(monkeypatch, it, *ends):
             text = json.dumps(run_folders.corrupted("robustness", source=args.data)) if "robust" in name else "{}"
             (folder / name).write_text(text)
         if "config.yaml" in files:
-            tree = yaml.safe_load(plan.planned(it, folder.name).to_yaml())
+            tree = yaml.safe_load(results_plan.planned(it, folder.name).to_yaml())
             tree["data"] |= {"source": args.data, "streaming": False}
             tree["model"] |= {"weights": tree["model"]["weights"] and args.weights}
             (folder / "config.yaml").write_text(yaml.safe_dump(tree | {"output_dir": str(args.runs)}))
@@ -165,18 +163,18 @@ FILES = ("config.yaml", "history.jsonl", "summary.json")
 
 
 def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monkeypatch):
-    it = row("one", robustness=True, options=plan.WEIGHTS)
-    said = scripted(monkeypatch, it, (1, "checkpoints/1/state"), (0, *FILES), (0, plan.ROBUSTNESS))
+    it = row("one", robustness=True, options=results_plan.WEIGHTS)
+    said = scripted(monkeypatch, it, (1, "checkpoints/1/state"), (0, *FILES), (0, results_plan.ROBUSTNESS))
     with pytest.raises(UserError, match="one-seed0: that command has ended with exit code 1"):
         results.complete(it, "one-seed0", args)
-    assert plan.state(it, "one-seed0", args.runs) == "cut short"
+    assert results_plan.state(it, "one-seed0", args.runs) == "cut short"
     results.complete(it, "one-seed0", args)
     assert [words[5:7] for words in said] == [["bf16", "train.py"], ["bf16", "train.py"], ["bf16", "predict.py"]]
     assert "--resume" in said[1] and "--resume" not in said[0]
-    assert plan.state(it, "one-seed0", args.runs) == "done"
+    assert results_plan.state(it, "one-seed0", args.runs) == "done"
     kept = project / "docs" / "results" / "one-seed0"
     assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == {
-        *FILES, plan.ROBUSTNESS, "made.json"
+        *FILES, results_plan.ROBUSTNESS, "made.json"
     }  # fmt: skip
     sessions = json.loads((kept / "made.json").read_text())["sessions"]
     assert [(it["does"], it["peak_memory_mib"]) for it in sessions] == [("train", 100), ("train", 200), ("judge", 300)]
@@ -202,48 +200,63 @@ def test_a_row_that_has_changed_is_not_gone_on_with_and_not_in_the_tables(projec
     scripted(monkeypatch, before, (1, "checkpoints/1/state"))
     with pytest.raises(UserError):
         results.complete(before, "one-seed0", args)
-    assert plan.state(after, "one-seed0", args.runs) == "changed"
+    assert results_plan.state(after, "one-seed0", args.runs) == "changed"
     with pytest.raises(UserError, match="another command than the plan's"):
         results.complete(after, "one-seed0", args)
     write(before, [0.5])
-    tables.write_tables([after], args.runs)
+    results_tables.write_tables([after], args.runs)
     assert "what one is" not in (project / "docs" / "results.md").read_text()
 
 
 def test_a_recipe_that_has_changed_takes_its_figures_with_it(project, args):
-    it = write(row("resnet50", options=plan.WEIGHTS, robustness=False), [0.5])
-    assert plan.state(it, "resnet50-seed0", args.runs) == "done"
+    it = write(row("resnet50", options=results_plan.WEIGHTS, robustness=False), [0.5])
+    assert results_plan.state(it, "resnet50-seed0", args.runs) == "done"
     recipe = project / "recipes" / "resnet50.yaml"
     recipe.write_text(recipe.read_text().replace("epochs: 40", "epochs: 41"))
-    assert plan.state(it, "resnet50-seed0", args.runs) == "changed"
-    tables.write_tables([it], args.runs)
+    assert results_plan.state(it, "resnet50-seed0", args.runs) == "changed"
+    results_tables.write_tables([it], args.runs)
     assert "what resnet50 is" not in (project / "docs" / "results.md").read_text()
+
+
+@pytest.mark.parametrize("files", [("config.yaml",), ("config.yaml", "history.jsonl", "summary.json")])
+def test_what_was_begun_with_another_recipe_is_not_gone_on_with(project, args, monkeypatch, files):
+    it = row("one", options=results_plan.WEIGHTS, robustness=False)
+    said = scripted(monkeypatch, it, (1, *files))
+    with pytest.raises(UserError):
+        results.complete(it, "one-seed0", args)
+    assert results_plan.state(it, "one-seed0", args.runs) == "cut short"
+    recipe = project / "recipes" / "resnet50.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 40", "epochs: 41"))
+    assert results_plan.state(it, "one-seed0", args.runs) == "changed"
+    with pytest.raises(UserError, match="its recipe has changed since"):
+        results.complete(it, "one-seed0", args)
+    assert len(said) == 1
 
 
 def test_a_row_whose_robustness_is_wanted_now_is_not_done(project, args):
     it = write(row("one", robustness=False), [0.5])
-    assert plan.state(it, "one-seed0", args.runs) == "done"
-    (plan.RESULTS / "one-seed0" / plan.ROBUSTNESS).unlink()
-    assert plan.state(row("one", robustness=True), "one-seed0", args.runs) == "changed"
+    assert results_plan.state(it, "one-seed0", args.runs) == "done"
+    (results_plan.RESULTS / "one-seed0" / results_plan.ROBUSTNESS).unlink()
+    assert results_plan.state(row("one", robustness=True), "one-seed0", args.runs) == "changed"
 
 
 def test_seeds_of_several_precisions_make_no_row(project, args):
     it = write(row("one", seeds=[0, 1]), [0.5, 0.6])
-    made = plan.RESULTS / "one-seed1" / "made.json"
+    made = results_plan.RESULTS / "one-seed1" / "made.json"
     made.write_text(json.dumps(made_of(it, "one-seed1", precision="bf16")))
     with pytest.raises(UserError, match="one: its seeds were trained in bf16 and no"):
-        tables.write_tables([it], args.runs)
+        results_tables.write_tables([it], args.runs)
 
 
 def test_a_row_without_validation_has_no_figures_of_it(project, args):
     phases = {"head": 1, "finetune": 3}
     options = ["--data.folds", "null", "--phases.train.schedule", "constant"]
     it = write(row("all", recipe="deep_cnn", options=options), [0.5], phases=phases)
-    history = plan.RESULTS / "all-seed0" / "history.jsonl"
+    history = results_plan.RESULTS / "all-seed0" / "history.jsonl"
     rows = [json.loads(line) for line in history.read_text().splitlines()]
     nothing = {"val_loss": None, "val_top1": None, "val_top5": None}
     history.write_text("".join(json.dumps(row | nothing) + "\n" for row in rows))
-    tables.write_tables([it], args.runs)
+    results_tables.write_tables([it], args.runs)
     (line,) = (text for text in (project / "docs" / "results.md").read_text().splitlines() if "| what all is |" in text)
     last = rows[-1]
     assert f"| 1 | 4 | {last['train_loss']:.3f} | {100 * last['train_top1']:.1f} | - | - | 2.000 | 50.0 |" in line
@@ -262,12 +275,12 @@ def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, m
     options = ["--phases.train.epochs", "1", "--data.workers", "0"]
     it = row("small", recipe="demo_scratch", options=options, patches=["label_smoothing"])
     results.complete(it, "small-seed0", args)
-    assert plan.state(it, "small-seed0", args.runs) == "done"
-    tables.write_tables([it], args.runs)
+    assert results_plan.state(it, "small-seed0", args.runs) == "done"
+    results_tables.write_tables([it], args.runs)
     (line,) = (text for text in (project / "docs" / "results.md").read_text().splitlines() if "what small is |" in text)
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[3] == "1" and all(0 <= float(cell) <= 100 for cell in cells[8:11])
-    assert "demo_scratch..label_smoothing" in (plan.RESULTS / "small-seed0" / "config.yaml").read_text()
+    assert "demo_scratch..label_smoothing" in (results_plan.RESULTS / "small-seed0" / "config.yaml").read_text()
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -275,7 +288,7 @@ def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, m
 
 def test_tables_hold_what_the_files_say(project, args):
     one, three = write(row("one"), [0.5], minutes=10), write(row("three", seeds=[0, 1, 2]), [0.60, 0.62, 0.64])
-    tables.write_tables([one, three, row("missing")], args.runs)
+    results_tables.write_tables([one, three, row("missing")], args.runs)
     text = (project / "docs" / "results.md").read_text()
     (one,) = (line for line in text.splitlines() if line.startswith("| what one is |"))
     (three,) = (line for line in text.splitlines() if line.startswith("| what three is |"))
@@ -288,10 +301,19 @@ def test_tables_hold_what_the_files_say(project, args):
     assert "| what three is | 3 |" in (project / "README.md").read_text()
 
 
+@pytest.mark.parametrize("lost, said", [(2, r"--seed 0 .*`, and seeds 1 \("), (0, r"--seed 1 .*`, and seeds 2 \(")])
+def test_only_seeds_that_are_done_are_named(project, args, lost, said):
+    it = write(row("three", seeds=[0, 1, 2]), [0.60, 0.62, 0.64])
+    shutil.rmtree(results_plan.RESULTS / f"three-seed{lost}")
+    results_tables.write_tables([it], args.runs)
+    text = (project / "docs" / "results.md").read_text()
+    assert "| what three is | 2 |" in text and re.search(said, text)
+
+
 def test_the_comparison_shows_the_main_rows_with_their_curves(project, args):
     rows = [write(row(part, part=part), [0.5]) for part in ("reproduce", "explain")]
     shutil.rmtree(project / "docs" / "curves", ignore_errors=True)
-    tables.write_tables(rows, args.runs)
+    results_tables.write_tables(rows, args.runs)
     text = (project / "docs" / "comparison.md").read_text()
     assert "| reproduce-seed0 |" in text and "explain-seed0" not in text and str(project) not in text
     curves = re.findall(r"\]\((curves/[\w-]+\.svg)\)", text)
@@ -305,14 +327,14 @@ def test_what_a_change_brings_is_against_the_sections_first_row(project, args):
     other = write(row("other", part="explain"), [0.9], phases={"head": 7})
 
     def lines(*rows):
-        tables.write_tables(rows, args.runs)
+        results_tables.write_tables(rows, args.runs)
         return (project / "docs" / "results.md").read_text().splitlines()
 
     both = lines(base, other)
     assert any(line.startswith("| what base is | 1 | - | 39.0 |") for line in both)
     assert any(line.startswith("| what other is | 1 | -3.0 | 36.0 |") for line in both)
     assert not any("90.0" in line for line in both if "what other is" in line), "the test split decides nothing"
-    shutil.rmtree(plan.RESULTS / "base-seed0")
+    shutil.rmtree(results_plan.RESULTS / "base-seed0")
     assert any(line.startswith("| what other is | 1 | - | 36.0 |") for line in lines(base, other)), "nothing to compare"
 
 
@@ -324,26 +346,26 @@ def test_a_recipe_says_what_its_own_row_measured(project, args):
 
     own = write(row("resnet50", options=["--model.weights", "WEIGHTS"]), [0.5432])
     other = write(row("other", part="beat", options=["--phases.head.epochs", "1"]), [0.9])
-    tables.write_tables([own, other], args.runs)
+    results_tables.write_tables([own, other], args.runs)
     assert "one seed: test top-1 54.3 %" in measured() and "not ImageNet" in measured()
 
 
 def test_a_file_without_its_marks_is_named(project, args):
     (project / "README.md").write_text("No marks.")
     with pytest.raises(UserError, match=r"README.md: .*results: summary.* should match once, and does 0 times"):
-        tables.write_tables([], args.runs)
+        results_tables.write_tables([], args.runs)
 
 
 def test_damage_is_told(project, args):
     it = write(row("one"), [0.5])
-    (plan.RESULTS / "one-seed0" / "predictions" / "robustness.json").write_text("{")
+    (results_plan.RESULTS / "one-seed0" / "predictions" / "robustness.json").write_text("{")
     with pytest.raises(UserError, match=r"one-seed0 is damaged: predictions/robustness\.json is left out"):
-        tables.write_tables([it], args.runs)
+        results_tables.write_tables([it], args.runs)
 
 
 def test_no_figure_in_the_tables_was_typed_by_hand(project, args):
     """The committed tables are what the committed files give."""
-    tables.write_tables(plan.read_plan(project / "docs" / "results" / "plan.yaml"), args.runs)
+    results_tables.write_tables(results_plan.read_plan(project / "docs" / "results" / "plan.yaml"), args.runs)
     for path in (
         "README.md",
         "docs/results.md",

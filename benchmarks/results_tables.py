@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plan import MADE, MEASURED, RESULTS, ROOT, Row, launch, read_made, recipe_of, state
+from results_plan import MADE, MEASURED, RESULTS, ROOT, Row, launcher, read_made, recipe_of, state
 
 import comparison
 import report
@@ -42,7 +42,8 @@ def figures(folder: Path) -> Figures:
         "later": jump.several - jump.top1 if jump and jump.several is not None else None,
         "span": jump.span if jump else None,
         "fell": ", ".join(map(str, fell)) or "-",
-        "memory": max(it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train") or None,
+        "memory": max((it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train"), default=0)
+        or None,
         "made": made,
     }
 
@@ -79,7 +80,7 @@ COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
     "minutes": mean_of("minutes", ".0f"),
     "peak MiB": mean_of("memory", ",.0f"),
 }
-COMPARISON = """# The runs of the results, side by side
+HEADING = """# The runs of the results, side by side
 
 Written by `python benchmarks/results.py --tables` from the files in [results/](results/). The commands, data, weights
 and machines behind them: [results.md](results.md)."""
@@ -99,10 +100,11 @@ def ablation(rows: Finished, first: Row) -> str:
     Changes are judged on the validation rows: the test split is no place to choose by.
     """
     columns, lines = ("val top-1 %", "val loss", "train top-1 %", "minutes"), []
-    reached = {row.name: statistics.mean(it["val_top1"] for it in found) for row, found in rows}
+    judged = [(row.name, [it["val_top1"] for it in found]) for row, found in rows]
+    reached = {name: statistics.mean(values) for name, values in judged if None not in values}
     for row, found in rows:
         gained = "-"
-        if row.name != first.name and first.name in reached:
+        if row.name != first.name and {row.name, first.name} <= set(reached):
             gained = format(100 * (reached[row.name] - reached[first.name]), "+.1f")
         lines.append([row.what, str(len(found)), gained, *(COLUMNS[column](found) for column in columns)])
     return markdown(["", "seeds", "points of val top-1", *columns], lines)
@@ -131,9 +133,9 @@ def how(rows: Finished) -> str:
             [", ".join(sorted({it["date"] for it in sessions}))],
             sorted({f"weights' SHA-256 {it['weights_sha256'][:12]}..." for it in sessions if "weights_sha256" in it}),
         ]
-        seeds = f", and seeds {', '.join(map(str, row.seeds[1:]))}" if found[1:] else ""
+        seeds = f", and seeds {', '.join(str(it['run'].config['seed']) for it in found[1:])}" if found[1:] else ""
         lines.append(
-            f"- {row.what}: `{shlex.join([*launch(precisions[0]), *shlex.split(made[0]['command'])])}`{seeds} "
+            f"- {row.what}: `{shlex.join([*launcher(precisions[0]), *shlex.split(made[0]['command'])])}`{seeds} "
             f"({'; '.join(fact for group in facts for fact in group)})"
         )
     return "\n".join(lines)
@@ -189,10 +191,10 @@ def write_tables(plan: list[Row], runs: Path) -> None:
 
 def write_comparison(runs: list[Run]) -> None:
     """The comparison as a page of Markdown, with the runs' curves."""
-    import plots
+    import plots  # here, as it takes seconds that a list of the runs need not wait for
 
     folder = ROOT / "docs" / "curves"
-    parts = [COMPARISON, report.markdown(runs, with_commands=False) if runs else "Nothing yet."]
+    parts = [HEADING, report.markdown(runs, with_commands=False) if runs else "Nothing yet."]
     folder.mkdir(exist_ok=True)
     for picture in plots.curves(runs, with_legend=True) if runs else ():
         write_whole(folder / f"{picture.stem}.svg", picture.encode("svg").decode())

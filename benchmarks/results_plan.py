@@ -1,6 +1,7 @@
-"""The plan of the results tables: which runs there are to be, how each is started, and which of them are done.
+"""The plan of the results tables: which runs there are to be, how each is started, and which are done.
 
-docs/results/plan.yaml holds the plan, beside it the small files of the runs that are done.
+docs/results/plan.yaml holds the plan. Beside it are the small files of the runs that are done, a folder for each, and
+beside a run's own folder is the note of how it is made.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import turns
 import yaml
-from patches import PATCHES
+from patches import PATCHES  # which the files that it imports have filled
 from patching import mark
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -26,9 +27,10 @@ RESULTS = ROOT / "docs" / "results"
 MADE = "made.json"
 ROBUSTNESS = "predictions/robustness.json"
 WEIGHTS = ["--model.weights", "WEIGHTS"]
-MEASURED = r"(?m)^(# )Measured on [^\n]*(\n)"
+MEASURED = r"^(# )Measured on [^\n]*(\n)"  # a recipe's line
 
 Part = Literal["reproduce", "explain", "beat"]
+State = Literal["done", "cut short", "missing", "changed"]
 
 
 class Section(BaseModel):
@@ -84,7 +86,7 @@ class Row(BaseModel):
         return [*self.script, "--resume", str(folder)]
 
 
-def launch(precision: str) -> list[str]:
+def launcher(precision: str) -> list[str]:
     return ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", precision]
 
 
@@ -108,7 +110,10 @@ def read_plan(path: Path) -> list[Row]:
             raise UserError(f"{path}: {row.name} is there twice", USAGE)
         if not recipe_of(row).is_file():
             raise UserError(f"{path}: {row.name}: there is no {recipe_of(row)}", USAGE)
-        if row.speaks_for_its_recipe and len(re.findall(MEASURED, recipe_of(row).read_text(encoding="utf-8"))) != 1:
+        if (
+            row.speaks_for_its_recipe
+            and len(re.findall(MEASURED, recipe_of(row).read_text(encoding="utf-8"), re.MULTILINE)) != 1
+        ):
             raise UserError(f"{recipe_of(row)}: should have one line that begins with '# Measured on'", USAGE)
         if unknown := set(row.patches) - set(PATCHES):
             raise UserError(f"{path}: {row.name}: there is no patch {min(unknown)}", USAGE)
@@ -119,38 +124,46 @@ def recipe_of(row: Row) -> Path:
     return ROOT / "recipes" / f"{row.recipe}.yaml"
 
 
-def state(row: Row, run: str, runs: Path) -> str:
-    """Whether a run is done (its files are kept), cut short or missing, or is there, but not as it is planned now."""
+# ---- what has been made of it ---------------------------------------------------------------------------------------
+
+
+def state(row: Row, run: str, runs: Path) -> State:
+    """How far a run is. Done: its files are kept. Changed: it is there, but not as it is planned now."""
     kept, note = RESULTS / run, note_of(runs, run)
-    if (kept / MADE).is_file() and as_planned(row, run, kept):
+    whole = (kept / MADE).is_file() and ((kept / ROBUSTNESS).is_file() or not row.robustness)
+    if whole and as_planned(row, run, kept, kept / MADE):
         return "done"
-    if note.is_file() and read_made(note)["command"] == shlex.join(row.runs()[run]):
+    if note.is_file() and as_planned(row, run, runs / run, note):
         return "cut short"
     return "changed" if kept.exists() or note.is_file() else "missing"
 
 
-def as_planned(row: Row, run: str, kept: Path) -> bool:
-    """Whether kept files are those of the plan and of the recipe as it is now."""
-    command = row.runs()[run]
-    if read_made(kept / MADE)["command"] != shlex.join(command):
+def as_planned(row: Row, run: str, folder: Path, made: Path) -> bool:
+    """Whether a run, if its folder has a configuration yet, is what the plan and the recipe say now."""
+    if read_made(made)["command"] != shlex.join(row.runs()[run]):
         return False
-    if row.robustness and not (kept / ROBUSTNESS).is_file():
-        return False
-    trained = check(read_yaml(kept / "config.yaml"), str(kept / "config.yaml"))
+    if not (folder / "config.yaml").is_file():
+        return True
+    trained = check(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
     return dataclasses.replace(without_place(trained), environment=None) == without_place(planned(row, run))
 
 
 def planned(row: Row, run: str) -> Config:
-    """What a run's config.yaml is to say, with DATA and WEIGHTS in it, and without its environment."""
+    """What a run's config.yaml is to say, without its environment."""
     command = row.runs()[run]
     config, _ = commandline.parse(["--config", str(recipe_of(row)), *command[command.index("--data.source") :]])
     return dataclasses.replace(config, recipe=config.recipe + mark(row.patches))
 
 
 def without_place(config: Config) -> Config:
-    """The configuration without what says where a run lies, and how this machine reads the data."""
+    """The configuration without what says where a run and its files lie, and how this machine reads the data."""
+    weights = "WEIGHTS" if config.model.weights else None
     return dataclasses.replace(
-        config, run_name=None, output_dir="runs", data=dataclasses.replace(config.data, streaming=None)
+        config,
+        run_name=None,
+        output_dir="runs",
+        data=dataclasses.replace(config.data, source="DATA", streaming=None),
+        model=dataclasses.replace(config.model, weights=weights),
     )
 
 
