@@ -7,7 +7,7 @@
 size    ResNet-50, layer3, layer4 and head training, batch 64: rate and peak memory by image size
 batch   the same at 32x32 by batch size. Rates of both are relative to 32x32 and batch 64, measured in turns with it
 rows    SimpleCNN over one streamed epoch of embedded images, none of them kept: peak memory by the number of rows,
-        workers included
+        workers included, and the rate, relative to the first number's (a short epoch is for the most part its start)
 start   from `accelerate launch` to the first training step, in turns with a process that imports the same libraries
         and ends
 
@@ -155,8 +155,11 @@ def against_rows(args) -> list[dict]:
         process = turns.Process("rows", "--rows", count)
         value = process.turn()
         process.end()
-        rows.append({"part": "rows", "rows": count, "batch_size": STREAMED_BATCH, "peak_mib": value["mib"]})
-        print(f"rows  {count:9,d} streamed  {value['mib']:6d} MiB", flush=True)
+        row = {"part": "rows", "rows": count, "batch_size": STREAMED_BATCH, "peak_mib": value["mib"]}
+        row |= {"images_per_second": round(value["rate"], 1)}
+        rows.append(row | {"relative_rate": round(value["rate"] / (rows or [row])[0]["images_per_second"], 4)})
+        ratio = rows[-1]["relative_rate"]
+        print(f"rows  {count:9,d} streamed  {ratio:7.3f} x the first rate  {value['mib']:6d} MiB", flush=True)
     return rows
 
 
@@ -195,11 +198,9 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
         x = [row[axis[part]] for row in own]
         memory.plot(x, [row["peak_mib"] for row in own], marker="o", color="tab:orange")
         memory.set_ylabel("peak memory (MiB)")
-        if part == "rows":
-            rate.axis("off")
-        else:
-            rate.plot(x, [row["relative_rate"] for row in own], marker="o")
-            rate.set_ylabel(f"rate, {SIZE} pixels and batch {BATCH} being 1")
+        rate.plot(x, [row["relative_rate"] for row in own], marker="o")
+        one = "the first" if part == "rows" else f"{SIZE} pixels and batch {BATCH}"
+        rate.set_ylabel(f"rate, {one} being 1")
         for axes in (rate, memory):
             axes.set_xlabel(label[part])
             axes.set_xscale("log", base=10 if part == "rows" else 2)

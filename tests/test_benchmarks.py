@@ -102,15 +102,16 @@ def test_throughput_writes_a_row_for_each_variant(command, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["batch", "rows", "start"])
+@pytest.mark.parametrize("part", ["size", "batch", "rows", "start"])
 def test_scaling_writes_rows(command, tmp_path, part):
     result = command(
-        "benchmarks/scaling.py", "--parts", part, "--batches", "16", "--rows", "1000", "--rounds", "1",
+        "benchmarks/scaling.py", "--parts", part, "--sizes", "32", "--batches", "16", "--rows", "1000", "--rounds", "1",
         "--output", str(tmp_path / "out"), timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert row["part"] == part
+    assert part == "start" or (row["relative_rate"] > 0 and row["images_per_second"] > 0 and row["peak_mib"] > 0)
 
 
 @pytest.mark.slow
