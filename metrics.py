@@ -135,6 +135,4 @@ class Classification:
         self.sums["loss"] += self.loss.compute(predictions=losses, references=labels)["loss"] * len(labels)
         for metric in self.metrics:
             for name, share in metric.compute(predictions=classes, references=labels).items():
-                self.sums[name] += round(
-                    share * len(labels)
-                )  # a whole number, so that a tie stays one in whatever parts
+                self.sums[name] += round(share * len(labels))  # hits: a tie of two epochs stays one in whatever parts
