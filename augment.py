@@ -1,4 +1,4 @@
-"""From uint8 batches to what the model sees: resizing, augmentation, normalisation. Batched, on the device.
+"""From uint8 batches to what the model sees: resizing, augmentation, normalisation, mixing. Batched, on the device.
 
 Two separate modules, one for training and one for evaluation, share nothing that can be switched: the report's scripts
 set the validation transform on a dataset object that both splits shared, and so trained without augmentation.
@@ -11,14 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from metrics import IGNORED
 
 
 class Normalize(nn.Module):
-    """uint8 images (B, 3, H, W) to normalised float32, brought to `image_size` pixels a side first if that is given."""
+    """uint8 images (B, 3, H, W) to normalised float32, brought to `image_size` pixels a side first if that is given.
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int | None = None):
+    With `distorts` they go through `distort` once they are augmented.
+    """
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int | None = None, distorts: bool = False
+    ):
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.distorts = image_size, distorts
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -27,12 +33,16 @@ class Normalize(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to such of the size that the model sees, augmented."""
-        return self.augment(self._resize(images))
+        """Images in [0, 1] to such of the size that the model sees, augmented and distorted."""
+        return self._changed(self._resize(images))
 
     def augment(self, images: Tensor) -> Tensor:
         """Images in [0, 1] to images in [0, 1]; here, unchanged."""
         return images
+
+    def _changed(self, images: Tensor) -> Tensor:
+        images = self.augment(images)
+        return distort(images) if self.distorts else images
 
     def _resize(self, images: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
@@ -81,7 +91,7 @@ class AugMix(Normalize):
     def prepare(self, images: Tensor) -> Tensor:
         # What is to be enlarged is augmented first: operations are dear, and cost a quarter at half the side.
         if self.image_size and self.image_size > max(images.shape[-2:]):
-            return self._resize(self.augment(images))
+            return self._resize(self._changed(images))
         return super().prepare(images)
 
     @torch.no_grad()
@@ -215,6 +225,91 @@ def warp(images: Tensor, angle=0.0, flip=False, down=0.0, right=0.0, shear_x=0.0
     return F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
+# ---- distorting -----------------------------------------------------------------------------------------------------
+
+SPECKLE = 0.6  # the strongest noise's standard deviation, of each value
+BLUR = 1 / 32  # the strongest blur's sigma, of the shorter side: a pixel of 32
+
+
+@torch.no_grad()
+def distort(images: Tensor) -> Tensor:
+    """Speckle noise on a quarter of the images and a Gaussian blur on another, of a strength drawn for each.
+
+    Neither is one of the 15 corruptions that robustness is the mean over: they are two of the four that were meant for
+    tuning (`corruptions.MEAN_15`). They are relatives of the noises and blurs among the 15, though. Where the policy
+    augments what is enlarged already, each enlarged pixel has its own noise, and the blur has grown with the image.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], and so is what is returned.
+    """
+    which, strength = torch.rand(2, len(images), 1, 1, 1, device=images.device)
+    noisy = (images + images * SPECKLE * strength * torch.randn_like(images)).clamp(0, 1)
+    blurred = blur(images, BLUR * min(images.shape[-2:]) * strength)
+    return torch.where(which < 0.25, noisy, torch.where(which < 0.5, blurred, images))
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """A Gaussian blur of (B, 3, H, W) by its own sigma (B, 1, 1, 1), in pixels, for each; outside the image is nothing.
+
+    As one matrix for the rows and one for the columns: with a sigma of its own for each image a convolution would be
+    one for each, too, and would need a width to be cut off at.
+    """
+    sigma = sigma.clamp(min=0.1)  # which blurs nothing
+
+    def weights(side: int) -> Tensor:  # of each pixel of a line, (side, side) for each image; each row's sum is 1
+        places = torch.arange(side, device=images.device)
+        return (-0.5 * ((places[:, None] - places) / sigma) ** 2).softmax(-1)
+
+    height, width = images.shape[-2:]
+    return weights(height) @ images @ weights(width).mT
+
+
+# ---- mixing ---------------------------------------------------------------------------------------------------------
+
+
+def mixup(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Blend each image with its partner, as `mixed` takes and returns them. Zhang et al. (2018), alpha 0.2."""
+    alpha = torch.full((len(images), 1, 1, 1), 0.2, device=images.device)
+    # Unchecked, because to check values is to wait for the device.
+    return mixed(images, labels, torch.distributions.Beta(alpha, alpha, validate_args=False).sample())
+
+
+def cutmix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Paste a box of its partner into half of the images; as `mixed` takes and returns it. Yun et al. (2019), alpha 1.
+
+    The box has the image's shape, a uniform area and a uniform centre, and is cut off at the border.
+    """
+    count, _, height, width = images.shape
+    area, centre_y, centre_x, used = torch.rand(4, count, 1, device=images.device)
+    half = torch.where(used < 0.5, area.sqrt(), 0) / 2  # of the box's side, which is a share of the image's
+    rows = (torch.arange(height, device=images.device) + 0.5) / height
+    columns = (torch.arange(width, device=images.device) + 0.5) / width
+    box = ((rows - centre_y).abs() < half)[:, None, :, None] & ((columns - centre_x).abs() < half)[:, None, None, :]
+    return mixed(images, labels, 1 - box.float())
+
+
+MIX = {"none": None, "mixup": mixup, "cutmix": cutmix}  # by augment.mix
+
+
+def mixed(images: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix each image with its partner, the one at its place when their order is reversed: one in the middle is its own.
+
+    Where either could not be decoded nothing is mixed, as what is black counts for no loss.
+
+    Args:
+        images: (B, 3, H, W), normalised or not: mixing is linear.
+        labels: (B,); IGNORED where an image could not be decoded.
+        own: which share of each pixel is the image's own, in [0, 1]; (B, 1, H, W), or (B, 1, 1, 1) for all alike.
+
+    Returns:
+        The images; the labels (B,) that they are of besides, IGNORED where nothing was mixed; and which share (B,) of
+        each is its own.
+    """
+    others = labels.flip(0).masked_fill(labels == IGNORED, IGNORED)
+    own = own.masked_fill((others == IGNORED).view(-1, 1, 1, 1), 1)
+    return own * images + (1 - own) * images.flip(0), others, own.mean((1, 2, 3))
+
+
 def build(config: Config, cfg: dict, device: torch.device) -> tuple[Normalize, Normalize]:
     """The pair (for training, for evaluation).
 
@@ -222,8 +317,6 @@ def build(config: Config, cfg: dict, device: torch.device) -> tuple[Normalize, N
         cfg: the model's `pretrained_cfg`; its mean and std are those that its weights were trained with.
     """
     mean, std, image_size = cfg["mean"], cfg["std"], config.data.image_size
-    evaluation = Normalize(mean, std, image_size).to(device)
-    if config.augment.policy == "none":
-        return evaluation, evaluation
-    training = {"report": ReportAugment, "augmix": AugMix}[config.augment.policy]
-    return training(mean, std, image_size).to(device), evaluation
+    training = {"none": Normalize, "report": ReportAugment, "augmix": AugMix}[config.augment.policy]
+    training = training(mean, std, image_size, config.augment.distort)
+    return training.to(device), Normalize(mean, std, image_size).to(device)

@@ -195,6 +195,16 @@ class AugmentConfig(_Section):
         description="report: padded crop, flip, colour jitter 0.2, rotation up to 15 degrees; augmix: padded crop, "
         "flip, then AugMix without its consistency loss; none: normalise only",
     )
+    mix: Literal["none", "mixup", "cutmix"] = Field(
+        "none",
+        description="mix each image with another of its micro-batch, and its loss with that of the other's label, by "
+        "share. mixup: blended, alpha 0.2; cutmix: half of the images get a box of the other's, alpha 1",
+    )
+    distort: bool = Field(
+        False,
+        description="speckle noise or Gaussian blur on half of the training images: two of the four corruptions that "
+        "robustness is not judged by",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

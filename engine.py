@@ -3,7 +3,7 @@
 No files, no logging, no globals: whoever calls decides what to show, store and stop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ def train_epoch(
     metrics: Classification,
     micro_batch_size: int,
     clip_norm: float | None = None,
+    mix: Callable | None = None,
 ) -> Iterator[Step]:
     """Train for one epoch and yield after each optimizer step; afterwards `metrics` has taken in the epoch's rows.
 
@@ -48,6 +49,7 @@ def train_epoch(
         model, loader, optimizer: prepared by `accelerator`, whose `gradient_accumulation_steps` is the pieces' number.
         transform: uint8 (B, 3, H, W) to float32, augmented and normalised.
         clip_norm: limit of the gradients' global L2 norm.
+        mix: one of augment.MIX; mixes a piece's images.
     """
     train_mode(model)
     bad = unapplied = torch.zeros((), device=accelerator.device)
@@ -56,8 +58,7 @@ def train_epoch(
         done = []
         for images, labels in pieces:
             with accelerator.accumulate(model):
-                logits = model(transform(images))
-                losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+                logits, losses = forward(model, transform(images), labels, mix)
                 loss = losses.mean()
                 bad = accelerator.reduce((~loss.isfinite()).float()).maximum(bad)
                 # Once it is bad it stays so, and a gradient that is no number makes fp16's scaler skip the step too.
@@ -75,6 +76,21 @@ def train_epoch(
         yield Step(losses.mean(), top1, len(labels) * accelerator.num_processes, unapplied)
 
 
+def forward(model: nn.Module, images: Tensor, labels: Tensor, mix: Callable | None = None) -> tuple[Tensor, Tensor]:
+    """Logits (B, classes) of what the model sees, and the rows' losses (B,): of mixed images that of both labels."""
+    if mix is None:
+        logits = model(images)
+        return logits, row_losses(logits, labels)
+    images, others, own = mix(images, labels)
+    logits = model(images)
+    return logits, own * row_losses(logits, labels) + (1 - own) * row_losses(logits, others)
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each row (B,), in nats; 0 where the label is IGNORED."""
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+
+
 @torch.inference_mode()
 def validate(
     accelerator: Accelerator, model: nn.Module, loader, transform: nn.Module, micro_batch_size: int
@@ -88,7 +104,7 @@ def validate(
     metrics = Classification()
     for batch in loader:
         logits = torch.cat([model(transform(images)) for images in batch["image"].split(micro_batch_size)])
-        losses = F.cross_entropy(logits, batch["label"], ignore_index=IGNORED, reduction="none")
+        losses = row_losses(logits, batch["label"])
         # Batch by batch, because the last one is padded so that all processes have equally much.
         metrics.add(*accelerator.gather_for_metrics(metrics.reduce(logits, batch["label"], losses)))
     return metrics.compute()

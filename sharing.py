@@ -42,8 +42,9 @@ SHOWN = 1000  # classes that the card names
 AUGMENTATION = {
     "report": "padded crop, flip, colour jitter of 0.2, rotation by up to 15 degrees",
     "augmix": "padded crop, flip, AugMix without its consistency loss",
-    "none": "none",
+    "none": "",
 }
+MIX = {"mixup": "mixup with alpha 0.2", "cutmix": "CutMix with alpha 1 on half of the images", "none": ""}
 # All that is not harmless; an underscore is within a word, and a point within a number.
 MARKUP = re.compile(r"(?!(?<=\d)\.\d)[^\w ,()/+%-]|(?<![^\W_])_|_(?![^\W_])")
 
@@ -310,7 +311,7 @@ def _phases(config: Config, history: list[dict]) -> str:
 
 def _recipe(config: Config) -> dict:
     recipe = {
-        "Augmentation": AUGMENTATION[config.augment.policy],
+        "Augmentation": _augmentation(config),
         "Images a step": config.data.batch_size,
         "Gradients clipped at": config.clip_norm or "off",
         "Seed": config.seed,
@@ -320,6 +321,12 @@ def _recipe(config: Config) -> dict:
         recipe["Device"] = f"{found.processes} x {found.device_type} ({found.device})"
         recipe["Versions"] = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     return recipe
+
+
+def _augmentation(config: Config) -> str:
+    distortion = "speckle noise or Gaussian blur on half of the images" if config.augment.distort else ""
+    done = (AUGMENTATION[config.augment.policy], distortion, MIX[config.augment.mix])
+    return ", ".join(filter(None, done)) or "none"
 
 
 def _source(config: Config) -> tuple[str, str]:

@@ -90,9 +90,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
         for phase in config.phases.values():
             models.freeze_all_but(model, phase.modules)  # a misspelt module is told now, not after the first phase
         set_seed(config.seed, device_specific=True)
-        train_transform, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
+        augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
+        mix = augment.MIX[config.augment.mix]
         if config.data.micro_batch_size == "auto":
-            micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, train_transform, size, share)
+            micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, augmentation, size, share)
             config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
         launch.keep_memory(accelerator.device)
@@ -157,7 +158,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 passed = state.epoch_step
                 rest = loading.pass_over(accelerator, train_loader, passed)
                 steps = train_epoch(
-                    accelerator, model, rest, train_transform, optimizer, metrics, micro_batch_size, config.clip_norm
+                    accelerator, model, rest, augmentation, optimizer, metrics, micro_batch_size, config.clip_norm, mix
                 )
                 if profile and not passed and accelerator.is_main_process:
                     steps = profiling.traced(steps, profile, run / "profile" / f"{name}.json.gz")

@@ -6,6 +6,8 @@ from PIL import ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 import augment
+import corruptions
+from metrics import IGNORED
 from recipe import check
 
 CFG = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
@@ -258,3 +260,96 @@ def test_augmix_draws_as_its_authors_do(monkeypatch, images):
     # A blend of chains of depth 1, 2 or 3 has depth 2 on average, and half of it is the image itself.
     assert mixed.mean() == pytest.approx(1.0, abs=0.05)
     assert mixed.var() == pytest.approx(4 / 12 + 2 / 3 / 2 / 3, rel=0.1)  # of the share, and of depths and weights
+
+
+# ---- distorting -----------------------------------------------------------------------------------------------------
+
+
+def test_what_training_images_are_distorted_by_is_not_what_robustness_is_judged_by():
+    assert {"speckle_noise", "gaussian_blur"} <= set(corruptions.NAMES) - set(corruptions.MEAN_15)
+
+
+def test_a_quarter_is_noisy_and_a_quarter_blurred():
+    torch.manual_seed(0)
+    columns = 0.25 + 0.5 * (torch.arange(32) // 4 % 2).expand(2000, 3, 32, 32)  # all rows of an image are alike
+    out = augment.distort(columns)
+    noisy = (out.std(2).amax((1, 2)) > 1e-4).float()
+    changed = ((out - columns).abs().amax((1, 2, 3)) > 1e-4).float()
+    assert noisy.mean() == pytest.approx(0.25, abs=0.03)
+    assert (changed - noisy).mean() == pytest.approx(0.25 * 0.75, abs=0.03), "by less than a quarter pixel is none"
+    assert out[changed == 0].allclose(columns[0], atol=1e-4)
+    strengths = out[noisy == 1][:, :, :, :4].std((1, 2, 3)) / 0.25  # where nothing is cut off
+    assert 0 < strengths.min() < 0.02 < 0.58 < strengths.max() < 0.65
+    assert strengths.mean() == pytest.approx(0.3, abs=0.03)
+    assert out.min() >= 0 and out.max() <= 1
+
+
+def test_blurs_are_the_corruptions_each_of_its_own_sigma(images):
+    sigmas = torch.tensor([0.0, 0.4, 0.7, 1.0])
+    out = augment.blur(images[:4] / 255, sigmas.view(-1, 1, 1, 1))
+    inner = (..., slice(6, -6), slice(6, -6))  # at the border there the outermost pixels are repeated
+    for image, sigma, blurred in zip(images[:4] / 255, sigmas, out, strict=True):
+        image = image.permute(1, 2, 0).numpy()
+        expected = corruptions.gaussian_blur(image, None, sigma.item()) if sigma else image
+        torch.testing.assert_close(
+            blurred[inner], torch.from_numpy(expected).permute(2, 0, 1)[inner], atol=1e-3, rtol=0
+        )
+    flat = torch.full((1, 3, 24, 40), 0.3)
+    torch.testing.assert_close(augment.blur(flat, torch.ones(1, 1, 1, 1)), flat)
+
+
+@pytest.mark.parametrize("policy", ["report", "augmix", "none"])
+def test_each_policys_training_images_are_distorted_and_no_others(monkeypatch, images, policy):
+    seen = []
+    monkeypatch.setattr(augment, "distort", lambda images: (seen.append(images.shape[-1]), images * 0)[1])
+    training, evaluation = pair(augment={"policy": policy, "distort": True}, data={"image_size": 64})
+    black = normalised(torch.zeros(16, 3, 64, 64))
+    torch.testing.assert_close(training(images), black)
+    assert seen == [32 if policy == "augmix" else 64], "before what is augmented before is enlarged"
+    assert not evaluation(images).allclose(black)
+    pair(augment={"policy": policy})[0](images)
+    assert len(seen) == 1
+
+
+# ---- mixing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_an_images_share_is_what_is_seen_of_it(name):
+    torch.manual_seed(0)
+    images = torch.ones(1000, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    images[:500] = 0  # each image's partner is one of the other half
+    labels = torch.arange(1000)
+    out, others, own = augment.MIX[name](images, labels)
+    seen = out.mean((1, 2, 3))
+    torch.testing.assert_close(seen, torch.where(labels < 500, 1 - own, own), atol=1e-5, rtol=0)
+    assert others.equal(labels.flip(0))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    if name == "mixup":
+        assert own.mean() == pytest.approx(0.5, abs=0.05)
+        assert own.var() == pytest.approx(0.25 / 1.4, abs=0.02)  # of Beta(0.2, 0.2)
+        assert out.flatten(1).std(1).max() < 1e-5
+        assert len(own.unique()) > 700, "each draws for itself; at the ends numbers are few"
+    else:
+        assert out.unique().tolist() == [0, 1]
+        assert (own == 1).float().mean() == pytest.approx(0.5, abs=0.05)
+        assert own.min() < 0.25
+        assert len(own.unique()) > 100
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_what_can_not_be_decoded_is_mixed_with_nothing(name, images):
+    torch.manual_seed(0)
+    labels = torch.arange(16)
+    labels[[2, 5, 10]] = IGNORED  # 5 and 10 are each other's partners
+    out, others, own = augment.MIX[name](images.float(), labels)
+    alone = torch.tensor([2, 13, 5, 10])
+    assert out[alone].equal(images[alone].float())
+    assert (own[alone] == 1).all()
+    assert (others[alone] == IGNORED).all()
+    assert (out != images).flatten(1).any(1).sum() > 3
+
+
+def test_one_image_has_no_partner_but_itself(images):
+    out, others, _ = augment.cutmix(images[:1].float(), torch.tensor([7]))
+    assert out.equal(images[:1].float()) and others.tolist() == [7]

@@ -190,6 +190,8 @@ CASES = [
     option("--data.on_corrupt skipp", "data.on_corrupt: 'skipp' is not known; did you mean skip?"),
     option("--clip_norm 0", "clip_norm: should be greater than 0, not 0"),
     option("--augment.policy repot", "augment.policy: 'repot' is not known; did you mean report?"),
+    option("--augment.mix cutmxi", "augment.mix: 'cutmxi' is not known; did you mean cutmix?"),
+    option("--augment.distort half", "augment.distort: should be a valid boolean", "'half'"),
     option("--tracking wandbb", "tracking: 'wandbb' is not known; did you mean wandb?"),
     option("--phases.head.optimizer adamm", "phases.head.optimizer: 'adamm' is not known; did you mean adam"),
     option("--phases.head.schedule cosin", "phases.head.schedule: 'cosin' is not known; did you mean cosine?"),

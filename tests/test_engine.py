@@ -8,10 +8,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
+import augment
 import models
 from config import ModelConfig, PhaseConfig
-from engine import train_epoch, train_mode, unwrap, validate
-from metrics import Classification
+from engine import forward, train_epoch, train_mode, unwrap, validate
+from metrics import IGNORED, Classification
 from phases import make_optimizer
 
 IMAGES = torch.rand(96, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -194,6 +195,51 @@ def test_mixed_precision_holds_in_the_second_phase_too():
     assert model(IMAGES[:2]).dtype == torch.float32
 
 
+# ---- mixed images ------------------------------------------------------------------------------------------------
+
+
+def test_a_mixed_images_loss_is_that_of_both_labels_by_share():
+    def mix(images, labels):
+        return 2 * images, torch.tensor([3, IGNORED, 1, IGNORED]), torch.tensor([0.25, 1.0, 0.0, 1.0])
+
+    labels, inputs = torch.tensor([0, 1, 2, IGNORED]), torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    logits, losses = forward(nn.Identity(), inputs, labels, mix)
+    of = -logits.log_softmax(1)
+    assert logits.equal(2 * inputs)
+    torch.testing.assert_close(
+        losses, torch.stack([0.25 * of[0, 0] + 0.75 * of[0, 3], of[1, 1], of[2, 1], of[0, 0] * 0])
+    )
+
+
+@pytest.mark.parametrize("micro", [32, 8])
+def test_mixing_is_within_a_piece_and_figures_are_of_the_own_label(micro):
+    """A mix that gives all to the partner trains on the labels reversed, piece by piece, and judges by the own ones."""
+
+    def partners(images, labels):
+        return images, labels.flip(0), torch.zeros(len(labels))
+
+    results = []
+    for mix in (None, partners):
+        model, accelerator = make_model("simple_cnn"), accelerator_of(steps=32 // micro)
+        model.hidden[3].p = 0.0
+        labels = torch.arange(96) % 4
+        given = labels.view(-1, micro).flip(1).flatten() if mix is None else labels
+        rows = [{"image": image, "label": label} for image, label in zip(IMAGES, given, strict=True)]
+        phase = PhaseConfig(modules="all", epochs=1, lr=0.05, optimizer="sgd")
+        prepared, optimizer, loader = accelerator.prepare(
+            model, make_optimizer(phase, model), DataLoader(rows, batch_size=32)
+        )
+        metrics = Classification()
+        steps = list(train_epoch(accelerator, prepared, loader, nn.Identity(), optimizer, metrics, micro, None, mix))
+        state = metrics.state_dict()
+        assert state["labels"].equal(given)
+        results.append(([step.loss.item() for step in steps], model.fc.weight.detach().clone(), state["classes"]))
+        accelerator.free_memory()
+    assert results[0][0] == results[1][0]
+    assert results[0][1].equal(results[1][1])
+    assert results[0][2].equal(results[1][2])
+
+
 # ---- a loss that is not finite ----------------------------------------------------------------------------------
 
 
@@ -251,7 +297,8 @@ def test_under_a_gradient_scaler_nothing_is_applied_after_a_bad_step():
     assert not torch.equal(weights[0], weights[1])
 
 
-def test_no_step_waits_for_the_device():
+@pytest.mark.parametrize("how", ["none", "mixup", "cutmix"])
+def test_no_step_waits_for_the_device(how):
     """Reading a value of the device from Python is what waits; the whole epoch must do without."""
 
     class Reads(TorchDispatchMode):
@@ -264,9 +311,10 @@ def test_no_step_waits_for_the_device():
     accelerator, model = accelerator_of(), make_model("simple_cnn")
     phase = PhaseConfig(modules="all", epochs=1, lr=0.01)
     prepared, optimizer = accelerator.prepare(model, make_optimizer(phase, model))
-    batches = [{"image": IMAGES[:16], "label": torch.arange(16) % 4}] * 6
+    batches = [{"image": (255 * IMAGES[:16]).byte(), "label": torch.arange(16) % 4}] * 6
+    transform, mix = augment.AugMix((0, 0, 0), (1, 1, 1), distorts=True), augment.MIX[how]
     with Reads() as reads:
-        list(train_epoch(accelerator, prepared, batches, nn.Identity(), optimizer, Classification(), 8))
+        list(train_epoch(accelerator, prepared, batches, transform, optimizer, Classification(), 8, None, mix))
         assert reads.count == 0
         torch.ones(1).item()
         assert reads.count == 1, "it does see one"

@@ -87,8 +87,11 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
     assert_same(run, whole)
 
 
+DRAWING = {"policy": "augmix", "mix": "cutmix", "distort": True}
+
+
 def test_a_stopped_run_without_validation_goes_on_too(make_config, monkeypatch):
-    config = make_config({"all": phase(epochs=2, lr=1e-2)}, data={"folds": None}, augment={"policy": "augmix"})
+    config = make_config({"all": phase(epochs=2, lr=1e-2)}, data={"folds": None}, augment=DRAWING)
     whole = train.train(dataclasses.replace(config, run_name="whole"))
     forget_accelerate()
     with monkeypatch.context() as patch:

@@ -114,6 +114,8 @@ def test_what_may_change_takes_effect_with_a_line(made, argv, note, capsys):
         (["--data.batch_size", "64"], "data.batch_size was 32 and can't become 64"),
         (["--data.streaming", "true"], "data.streaming was false and can't become true"),
         (["--augment.policy", "none"], 'augment.policy was "report" and can\'t become "none"'),
+        (["--augment.mix", "mixup"], 'augment.mix was "none" and can\'t become "mixup"'),
+        (["--augment.distort", "true"], "augment.distort was false and can't become true"),
         (["--phases.head.epochs", "9"], "phases.head.epochs was 2 and can't become 9"),
         (["--phases.middle.lr", "0.5"], "phases.middle.lr was 0.001 and can't become 0.5"),
     ],

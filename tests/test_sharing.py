@@ -117,6 +117,21 @@ def test_the_card_says_what_the_run_says(ended):
     assert (rows["0"], rows["1"]) == (["cat"], ["dog"])
 
 
+@pytest.mark.parametrize(
+    ("augmentation", "said"),
+    [
+        ({}, "padded crop, flip, colour jitter of 0.2, rotation by up to 15 degrees"),
+        ({"policy": "none"}, "none"),
+        ({"policy": "none", "mix": "mixup"}, "mixup with alpha 0.2"),
+        ({"policy": "augmix", "mix": "cutmix", "distort": True},
+         "padded crop, flip, AugMix without its consistency loss, speckle noise or Gaussian blur on half of the "
+         "images, CutMix with alpha 1 on half of the images"),
+    ],
+)  # fmt: skip
+def test_the_card_says_how_training_images_were_augmented(ended, augmentation, said):
+    assert rows_of(card_text(ended(augment=augmentation)))["Augmentation"] == [said]
+
+
 def test_figures_that_are_not_there_are_left_out(ended):
     nothing = dict.fromkeys(("test_loss", "test_top1", "test_top5"))
     text = card_text(ended(summary=nothing, data={"test_split": None}))
