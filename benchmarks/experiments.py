@@ -8,9 +8,8 @@ import speed
 
 from errors import UserError
 
-MIXING, GROUPING = ("mixup", "cutmix"), ("no_decay_on_norms", "layer_decay")
-AUGMENTING = (*MIXING, "trivial_augment", "erasing", "noise_and_blur", "unaugmented")  # on top of the report's policy
-EXCLUSIVE = (MIXING, GROUPING)  # of each, one at a time
+AUGMENTING = ("trivial_augment", "erasing", "noise_and_blur", "unaugmented")  # on top of the report's policy
+EXCLUSIVE = (("no_decay_on_norms", "layer_decay"),)  # of each, one at a time
 
 
 # ---- the report's faults --------------------------------------------------------------------------------------------
@@ -82,63 +81,6 @@ def training_loss(loss) -> None:
 def label_smoothing():
     """A tenth of each target is spread over all classes."""
     training_loss(lambda real, logits, labels: real(logits, labels, label_smoothing=0.1))
-
-
-def mixed(mix) -> None:
-    """Training images become those of mix(images, partners), and their loss that of both labels, by share.
-
-    A batch's partners are the batch reversed. `mix` gives the images and which share (B,) of each is its own.
-    """
-    import augment
-
-    kept = []
-
-    def make(real):
-        class Mixed(real):
-            def augment(self, images):
-                images = super().augment(images)
-                images, share = mix(images, images.flip(0))
-                kept[:] = [share]
-                return images
-
-        return Mixed
-
-    def loss(real, logits, labels):
-        (share,) = kept
-        return share * real(logits, labels) + (1 - share) * real(logits, labels.flip(0))
-
-    patching.patch(augment, "ReportAugment", make)
-    training_loss(loss)
-
-
-@patching.named
-def mixup():
-    """Zhang et al. (2018), alpha 0.2."""
-    import torch
-
-    def mix(images, partners):
-        share = torch.distributions.Beta(0.2, 0.2).sample((len(images),)).to(images.device)
-        weight = share.view(-1, 1, 1, 1)
-        return weight * images + (1 - weight) * partners, share
-
-    mixed(mix)
-
-
-@patching.named
-def cutmix():
-    """Yun et al. (2019), alpha 1, on half of the images."""
-    import torch
-
-    def mix(images, partners):
-        count, _, height, width = images.shape
-        aside, centre_y, centre_x, used = torch.rand(4, count, 1, device=images.device)
-        side = torch.where(used < 0.5, aside.sqrt(), 0) / 2  # half of the box's, relative; its area is uniform
-        rows = (torch.arange(height, device=images.device) + 0.5) / height
-        columns = (torch.arange(width, device=images.device) + 0.5) / width
-        box = ((rows - centre_y).abs() < side)[:, None, :, None] & ((columns - centre_x).abs() < side)[:, None, None, :]
-        return torch.where(box, partners, images), 1 - box.float().mean((1, 2, 3))
-
-    mixed(mix)
 
 
 def augmented(more) -> None:
