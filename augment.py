@@ -211,8 +211,10 @@ def warp(images: Tensor, angle=0.0, flip=False, down=0.0, right=0.0, shear_x=0.0
     """
     height, width = images.shape[-2:]
     given = (angle, flip, down, right, shear_x, shear_y)
+    # Numbers are filled in on the device: copied to it, they would have to wait for all that it is still computing.
     angle, flip, down, right, shear_x, shear_y = (
-        torch.as_tensor(value, device=images.device).expand(len(images)) for value in given
+        value if isinstance(value, Tensor) else torch.full((len(images),), value, device=images.device)
+        for value in given
     )
     sign = torch.where(flip, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()

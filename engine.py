@@ -122,6 +122,11 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
+def bare(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model inside what `prepare` put around it: DDP, or torch.compile's module (accelerate's --dynamo_backend)."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
 def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     """The bare model, as it was before `prepare` and ready to be prepared afresh; the Accelerator forgets the rest.
 
@@ -129,7 +134,7 @@ def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
     mark left, which is what `unwrap_model(keep_fp32_wrapper=False)` does, the next `prepare` would hand the model
     back as it is, and the next phase would silently train in fp32.
     """
-    model = accelerator.unwrap_model(model)
+    model = bare(accelerator, model)
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         vars(model).pop(name, None)
     accelerator.free_memory()

@@ -40,7 +40,7 @@ import models
 import profiling
 import runs
 import sharing
-from engine import train_epoch, unwrap, validate
+from engine import bare, train_epoch, unwrap, validate
 from interrupt import Interrupt
 from metrics import Classification
 from phases import EarlyStopping, RunState, Schedule, make_optimizer
@@ -147,7 +147,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     schedule.load_state_dict(state.schedule)
                     stopping = EarlyStopping(**state.early_stopping)
                 saved = None
-            folded = folding.fold(accelerator.unwrap_model(model), size, accelerator.mixed_precision)
+            folded = folding.fold(bare(accelerator, model), size, accelerator.mixed_precision)
             accelerator.print(describe_phase(accelerator, config, name, model, trained_names, folded))
 
             profile = config.profile  # of the first epoch of this phase that is trained here from its beginning
@@ -208,7 +208,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         accelerator.print(told, file=sys.stderr)
                 tracking.epoch(row, best, total=sum(phase.epochs for phase in config.phases.values()))
                 if best and accelerator.is_main_process:
-                    checkpoint.save_best(accelerator.unwrap_model(model), run)
+                    checkpoint.save_best(bare(accelerator, model), run)
                 checkpoints.save(state, metrics)
 
             if state.phase_epoch < phase.epochs:
@@ -243,7 +243,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
 def describe_phase(
     accelerator: Accelerator, config: Config, name: str, model, trained_names: list[str], folded: int
 ) -> str:
-    phase, parameters = config.phases[name], dict(accelerator.unwrap_model(model).named_parameters())
+    phase, parameters = config.phases[name], dict(bare(accelerator, model).named_parameters())
     trained, total = sum(parameters[key].numel() for key in trained_names), sum(p.numel() for p in parameters.values())
     return (
         f"phase {name}: trains {', '.join(phase.modules)} ({trained:,} of {total:,} parameters) for up to "
