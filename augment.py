@@ -229,7 +229,7 @@ def warp(images: Tensor, angle=0.0, flip=False, down=0.0, right=0.0, shear_x=0.0
 
 # ---- distorting -----------------------------------------------------------------------------------------------------
 
-SPECKLE = 0.6  # the strongest noise's standard deviation, of each value
+SPECKLE = 0.3  # the strongest noise's standard deviation, of each value
 BLUR = 1 / 32  # the strongest blur's sigma, of the shorter side: a pixel of 32
 
 

@@ -270,6 +270,11 @@ class Config(_Section):
         description="compute what is fp32 in TF32, faster and with 10 bits of mantissa (matrix products and "
         "convolutions); Nvidia GPUs only",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="on one GPU: record augmentation and each phase's forward and backward pass as CUDA graphs, and "
+        "replay them in each step instead of launching kernel by kernel; same results, sooner",
+    )
     timeout_minutes: float = Field(
         30.0,
         gt=0,

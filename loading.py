@@ -15,15 +15,16 @@ from decoding import Collate
 from processes import cores_per_process, is_main
 
 FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
+LITTLE = 1 / 20  # of a GPU's memory
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
 
 class Pixels(Dataset):
-    """Decoded rows in memory. Fetched by batches, so that nothing is left to collate.
+    """Decoded rows in memory, of the machine or of a GPU. Fetched by batches, so that nothing is left to collate.
 
     Args:
         images: uint8 (N, 3, H, W).
-        labels: int64 (N,).
+        labels: int64 (N,), on the same device.
     """
 
     def __init__(self, images: torch.Tensor, labels: torch.Tensor):
@@ -34,6 +35,8 @@ class Pixels(Dataset):
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.tensor(rows)
+        if self.images.is_cuda:
+            index = index.pin_memory().to(self.images.device, non_blocking=True)
         return {"image": self.images[index], "label": self.labels[index]}
 
 
@@ -44,11 +47,14 @@ class Given(Dataset):
         return rows
 
 
-def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches, hidden: bool | None = True) -> Data:
+def keep_decoded(
+    source: Data, config: DataConfig, device: torch.device, watch=lambda batches: batches, hidden: bool | None = True
+) -> Data:
     """The same data with the training and validation rows decoded in memory, if they fit in `keep_mb`.
 
-    Each epoch then costs no decoding and needs no workers. Streams, images of several sizes, and more than fits are
-    left to be decoded as they are wanted. Shows a progress bar unless it is `hidden` (None: unless on a terminal).
+    Each epoch then costs no decoding and needs no workers. What takes little of a GPU's memory is kept there. Streams,
+    images of several sizes, and more than fits are left to be decoded as they are wanted. Shows a progress bar unless
+    it is `hidden` (None: unless on a terminal).
 
     Args:
         watch: passes batches on, and may raise.
@@ -65,7 +71,7 @@ def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches
     total = sum(map(len, splits.values()))
     if total * 3 * height * width > config.keep_mb * 2**20:
         return source
-    kept = {}
+    kept, place = {}, device if _takes_little(device, total * 3 * height * width) else torch.device("cpu")
     with tqdm(total=total, desc="decoding", unit=" images", leave=False, disable=hidden) as bar:
         for name, rows in splits.items():
             images = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
@@ -89,8 +95,13 @@ def keep_decoded(source: Data, config: DataConfig, watch=lambda batches: batches
                 images[begin:end], labels[begin:end] = batch["image"], batch["label"]
                 bar.update(end - begin)
                 begin = end
-            kept[name] = Pixels(images, labels)
+            kept[name] = Pixels(images.to(place), labels.to(place))
     return dataclasses.replace(source, **kept)
+
+
+def _takes_little(device: torch.device, size: int) -> bool:
+    """Whether so many bytes are few for that GPU."""
+    return device.type == "cuda" and size < LITTLE * torch.cuda.get_device_properties(device).total_memory
 
 
 def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> DataLoader | None:
@@ -106,6 +117,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
     if rows is None:
         return None
     kept, streamed = isinstance(rows, Pixels), isinstance(rows, Sampler)
+    there = kept and rows.images.is_cuda
     reads = not streamed or is_main()  # of a stream the main process alone
     return DataLoader(
         Given() if streamed else rows,
@@ -118,7 +130,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
         # often as an uninterrupted one.
         persistent_workers=False,
         worker_init_fn=_outlive_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and not there,
         collate_fn=_as_it_is if kept else _collate(source, split, config),
     )
 

@@ -34,6 +34,7 @@ import checkpoint
 import data
 import faults
 import folding
+import graphs
 import launch
 import loading
 import models
@@ -96,6 +97,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, augmentation, size, share)
             config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
+        if config.cuda_graphs and accelerator.device.type == "cuda":
+            augmentation = graphs.Replayed(augmentation)
         launch.keep_memory(accelerator.device)
         accelerator.gradient_accumulation_steps = share // micro_batch_size
         if config.sync_batch_norm:  # not before the trial steps, in which processes must not wait for one another
@@ -115,7 +118,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         stack.enter_context(launch.ended(accelerator))
 
         hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
-        source = loading.keep_decoded(source, config.data, interrupt.watch, hidden)
+        source = loading.keep_decoded(source, config.data, accelerator.device, interrupt.watch, hidden)
         kept = isinstance(source.train, loading.Pixels)
         streamed = data.is_streamed(source)
         how = "decoded once and kept in memory" if kept else f"{'streamed, ' * streamed}decoded in each epoch"
@@ -148,7 +151,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     stopping = EarlyStopping(**state.early_stopping)
                 saved = None
             folded = folding.fold(bare(accelerator, model), size, accelerator.mixed_precision)
-            accelerator.print(describe_phase(accelerator, config, name, model, trained_names, folded))
+            recorded = config.cuda_graphs and graphs.record(accelerator, model, (micro_batch_size, 3, *size))
+            accelerator.print(describe_phase(accelerator, config, name, model, trained_names, folded, recorded))
 
             profile = config.profile  # of the first epoch of this phase that is trained here from its beginning
             while state.phase_epoch < phase.epochs and not state.stopped:
@@ -241,7 +245,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
 
 def describe_phase(
-    accelerator: Accelerator, config: Config, name: str, model, trained_names: list[str], folded: int
+    accelerator: Accelerator, config: Config, name: str, model, trained_names: list[str], folded: int, recorded: bool
 ) -> str:
     phase, parameters = config.phases[name], dict(bare(accelerator, model).named_parameters())
     trained, total = sum(parameters[key].numel() for key in trained_names), sum(p.numel() for p in parameters.values())
@@ -249,6 +253,7 @@ def describe_phase(
         f"phase {name}: trains {', '.join(phase.modules)} ({trained:,} of {total:,} parameters) for up to "
         f"{phase.epochs} epochs; {phase.optimizer}, lr {phase.lr:g} {phase.schedule}; "
         f"precision {accelerator.mixed_precision}; {folded} frozen batch norms folded"
+        f"{', recorded as CUDA graphs' * recorded}"
     )
 
 

@@ -6,7 +6,7 @@
 A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16
 (fp32 where that would be emulated): 1.50 means that it makes an epoch's training half as fast again. What train.py has
 is taken out for this, by patches (speed.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
-the median of the rounds' ratios.
+the median of the rounds' ratios. Levers of GPUs are left out on a CPU, and those of CPUs on a GPU.
 """
 
 import argparse
@@ -32,10 +32,14 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "thread_per_core": ([], ["one_thread"], ALL),
     "fused_optimizer": ([], ["unfused"], ALL),
     "figures_on_device": ([], ["read_in_each_step"], ("deep_cnn", "resnet50:head")),
+    "cuda_graphs": ([], ["launched"], ALL),
+    "images_on_gpu": ([], ["images_in_memory"], ALL),
     "no_augmentation": (["unaugmented"], [], ALL),
     "no_grad_trunk": (["no_grad_trunk"], [], FROZEN),
     "compile": (["compiled"], [], ALL),
 }
+CPU_ONLY = ("glibc_keeps_memory", "thread_per_core", "weights_contiguous")
+GPU_ONLY = ("cuda_graphs", "images_on_gpu")
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}
 OTHERWISE = (*PRECISIONS, "decoding")  # no patches: by the launcher's precision, and by an option
@@ -69,9 +73,10 @@ def measure(case: str, args, folder: Path) -> list[dict]:
     guess.end()
     source = turns.subset(args.data, max(10 * args.batch_size, round(rate * args.seconds)), folder)
     default, results = start([], source), []
+    elsewhere = GPU_ONLY if turns.device_name().endswith("CPU cores") else CPU_ONLY
     for name in args.levers:
         with_it, without, cases = LEVERS[name]
-        if case not in cases:
+        if case not in cases or name in elsewhere:
             continue
         pair = [start(patches, source) if patches else default for patches in (with_it, without)]
         turns.alternate(pair, args.rounds)

@@ -79,6 +79,23 @@ def glibc_as_it_is():
 
 
 @patching.named
+def launched():
+    """A GPU's kernels launched one by one in each step, instead of recorded as CUDA graphs."""
+    import graphs
+
+    patching.patch(graphs, "record", lambda _: lambda *_: False)
+    patching.patch(graphs, "Replayed", lambda _: lambda function: function)
+
+
+@patching.named
+def images_in_memory():
+    """Decoded images in the machine's memory, from where each batch is copied to the GPU."""
+    import loading
+
+    patching.patch(loading, "_takes_little", lambda _: lambda *_: False)
+
+
+@patching.named
 def no_grad_trunk():
     """ResNet's frozen beginning under an explicit no_grad."""
     import torch
@@ -97,8 +114,10 @@ def no_grad_trunk():
 
 @patching.named
 def compiled():
-    """torch.compile for the model of each phase."""
+    """torch.compile for the model of each phase (without CUDA graphs)."""
     import folding
+
+    launched()
 
     def compiling(fold):
         def fold_and_compile(model, *rest):

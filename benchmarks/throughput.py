@@ -8,7 +8,8 @@ For each model and phase, at 32x32, in images per second:
 
 limit     forward, backward and optimizer step on one batch that lies on the device already, its frozen batch norms
           folded like ours; the best of contiguous, channels_last or channels_last images alone, of fp32 or bf16, and
-          of eager or (where there is a C++ compiler, and unless --eager) compiled
+          of eager or (where there is a C++ compiler, and unless --eager) compiled; on a GPU compiling includes CUDA
+          graphs (its mode reduce-overhead)
 ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation, metrics and history on.
           As its defaults are: images decoded once, before training
 decoding  the same with images decoded anew in each epoch (--data.keep_mb 0)
@@ -34,9 +35,11 @@ import loops
 import turns
 from loops import CASES
 
+import processes
 from errors import told
 
 VARIANTS = ("limit", "ours", "decoding", "plain", "hf")
+PIL = 3000  # images a second that a core opens and transforms, at most: what is bound by that has no longer turns
 
 
 def limit(case: str, batch_size: int, seconds: float, compiling: bool):
@@ -67,7 +70,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
         folding.fold(model, (32, 32), precision)
         train_mode(model)
         if compiled:
-            model.compile()
+            model.compile(mode="reduce-overhead" if device.type == "cuda" else None)
         optimizer = make_optimizer(config.phases[phase], model)
         images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=of_images)
         labels = torch.randint(100, (batch_size,), device=device)
@@ -139,14 +142,19 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
         options = ["--cases", case, "--data", source, "--batch_sizes", batch_size, "--seconds", args.seconds]
         return turns.Process(variant, *options, *["--eager"] * args.eager)
 
+    def source(rate):
+        return turns.subset(args.data, max(200, 5 * batch_size, round(rate * args.seconds / 0.98)), folder)
+
     first = start("limit", args.data)
-    rows = max(200, 5 * batch_size, round(first.ready["rate"] * args.seconds / 0.98))
-    source = turns.subset(args.data, rows, folder)
-    processes = [first] + [start(variant, source) for variant in VARIANTS[1:] if variant in ("ours", *args.variants)]
-    turns.alternate(processes, args.rounds)
+    rate, cores = first.ready["rate"], processes.cores_per_process()
+    rates = {"plain": min(rate, PIL * cores), "hf": min(rate, PIL)}
+    others = [name for name in VARIANTS[1:] if name in ("ours", *args.variants)]
+    sources = {name: source(rates.get(name, rate)) for name in others}
+    measured = [first] + [start(name, sources[name]) for name in others]
+    turns.alternate(measured, args.rounds)
     model, phase, _ = CASES[case]
     results = []
-    for process in processes:
+    for process in measured:
         process.end()
         rates = process.values
         results.append(
@@ -160,7 +168,7 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
                 "images_per_second": round(statistics.median(rates), 1),
                 "spread": [round(min(rates), 1), round(max(rates), 1)],
                 "of_limit": round(turns.ratio(process, first), 3),
-                "ours_to_this": round(turns.ratio(processes[1], process), 2),
+                "ours_to_this": round(turns.ratio(measured[1], process), 2),
             }
         )
     return results

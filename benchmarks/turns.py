@@ -6,6 +6,7 @@ ready and then does one piece of work whenever it is asked, an epoch for example
 
 import argparse
 import atexit
+import functools
 import json
 import os
 import platform
@@ -88,7 +89,7 @@ clock = Clock()
 
 
 class Process:
-    """A measured process; `ready` is the first value it gave.
+    """A measured process. It starts at once; others may start meanwhile, until `ready` is waited for.
 
     Args:
         arguments: of the running script, which is started again with them.
@@ -104,10 +105,15 @@ class Process:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | env
         )
-        self.ready = self._hear()
+
+    @functools.cached_property
+    def ready(self):
+        """The first value it gives."""
+        return self._hear()
 
     def turn(self):
         """Let it work; the value it gives, which `values` keeps, too. `seconds` counts the time of all turns."""
+        _ = self.ready  # has been heard
         began = clock()
         self.process.stdin.write("\n")
         self.process.stdin.flush()

@@ -1,16 +1,23 @@
 """What needs a GPU: `python -m pytest -m gpu`. Skipped elsewhere; see docs/scaling-out.md for where it has been run."""
 
+import dataclasses
 import json
 import math
+import signal
 
 import pytest
 import torch
-from conftest import TWO_PHASES, forget_accelerate
+from conftest import TWO_PHASES, forget_accelerate, phase
 from test_engine import accelerator_of, make_model, train_one_phase
 from test_launch import TORCHRUN
+from test_resume import DRAWING, STEPS, stop_at
 
+import augment
+import graphs
+import loading
 import train
 from engine import unwrap
+from errors import Interrupted
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
@@ -53,6 +60,93 @@ def test_what_a_gpu_computes_is_what_a_cpu_does(make_config, monkeypatch):
         losses.append([json.loads(line)["val_loss"] for line in (run / "history.jsonl").read_text().splitlines()])
         forget_accelerate()
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def losses_of(run):
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows for key in ("train_loss", "val_loss")]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("phases", [TWO_PHASES, {"train": phase(epochs=3, lr=1e-2)}], ids=["two phases", "all"])
+def test_what_is_replayed_is_what_was_recorded(make_config, monkeypatch, capsys, phases, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    losses = []
+    for recorded in (True, False):
+        config = make_config(phases, augment={"policy": "none"}, cuda_graphs=recorded, run_name=str(recorded))
+        losses.append(losses_of(train.train(config)))
+        assert ("recorded as CUDA graphs" in capsys.readouterr().out) == recorded
+        forget_accelerate()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if precision == "no" else 2e-2)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch):
+    """Recording draws nothing and moves no buffer: what a resumed run draws is what the whole one drew."""
+    config = make_config({"all": phase(epochs=3, lr=1e-3)}, augment=DRAWING)
+    whole = train.train(dataclasses.replace(config, run_name="whole"))
+    forget_accelerate()
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=STEPS + 5)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    forget_accelerate()
+    run = whole.with_name("run")
+    train.train(config, resume=run)
+    assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", [augment.ReportAugment, augment.AugMix])
+def test_replayed_augmentation_draws_anew_and_as_the_random_state_says(policy):
+    transform = policy((0.5,) * 3, (0.5,) * 3, distorts=True).cuda()
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    torch.cuda.manual_seed(1)
+    replayed = graphs.Replayed(transform)
+    first, second = replayed(images).clone(), replayed(images).clone()
+    assert not first.equal(second)
+    torch.cuda.manual_seed(1)
+    assert replayed(images).equal(first)
+    assert replayed(images).equal(second)
+    assert replayed(images[:5]).shape == (5, 3, 32, 32), "another shape is not replayed"
+    assert replayed(255 - images).mean() != pytest.approx(second.mean().item(), abs=1e-3), "it is these images"
+
+
+def test_accumulated_gradients_are_not_replayed(make_config, capsys):
+    losses = []
+    for micro in (None, 8):
+        data = {"micro_batch_size": micro, "batch_size": 32}
+        config = make_config(
+            {"head": phase(modules="head")}, augment={"policy": "none"}, data=data, run_name=str(micro)
+        )
+        losses.append(losses_of(train.train(config)))
+        assert ("recorded as CUDA graphs" in capsys.readouterr().out) == (micro is None)
+        forget_accelerate()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_no_step_waits_for_the_gpu(make_config, monkeypatch):
+    """What is told about a step is read now and then; but no step itself makes Python wait."""
+    real = train.train_epoch
+
+    def spied(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        for number, step in enumerate(real(*args)):
+            torch.cuda.set_sync_debug_mode("default")  # tracking may
+            yield step
+            torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one records
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train, "train_epoch", spied)
+    train.train(make_config(TWO_PHASES, augment=DRAWING))
+
+
+def test_few_images_are_kept_on_the_gpu(make_config, monkeypatch):
+    seen = []
+    real = loading.Pixels.__getitems__
+    monkeypatch.setattr(
+        loading.Pixels, "__getitems__", lambda self, rows: seen.append(self.images.is_cuda) or real(self, rows)
+    )
+    train.train(make_config({"head": phase(modules="head")}))
+    assert seen and all(seen)
 
 
 @pytest.mark.skipif(GPUS < 2, reason="there are not two GPUs here")

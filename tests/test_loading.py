@@ -9,6 +9,8 @@ from config import DataConfig
 from errors import UserError
 from metrics import IGNORED
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("streaming", [False, True])
@@ -85,7 +87,7 @@ def test_kept_images_are_the_decoded_ones_in_the_same_order(tmp_path, monkeypatc
     monkeypatch.setattr(loading, "FEW", 10)
     config = DataConfig(source=str(parquet_of(tmp_path, noise(60))), workers=workers, batch_size=8)
     source = data.load(config)
-    kept = loading.keep_decoded(source, config)
+    kept = loading.keep_decoded(source, config, CPU)
     assert isinstance(kept.train, loading.Pixels) and isinstance(kept.validation, loading.Pixels)
     assert kept.test is source.test
     assert data.facts(kept) == data.facts(source) and data.describe(kept, config) == data.describe(source, config)
@@ -103,7 +105,7 @@ def test_keeping_draws_no_random_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "FEW", 10)
     config = DataConfig(source=str(parquet_of(tmp_path, noise(40))), workers=1)
     source, state = data.load(config), torch.get_rng_state()
-    loading.keep_decoded(source, config)
+    loading.keep_decoded(source, config, CPU)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -112,9 +114,9 @@ def test_what_does_not_fit_and_streams_are_left_alone(tmp_path, values):
     images = noise(40, (320, 310) if "image_size" in values else (16, 16))
     config = DataConfig(source=str(parquet_of(tmp_path, images)), workers=0, **values)
     source = data.load(config)
-    assert loading.keep_decoded(source, config) is source
+    assert loading.keep_decoded(source, config, CPU) is source
     larger = DataConfig(source=config.source, workers=0, image_size=config.image_size, keep_mb=20)
-    assert loading.keep_decoded(data.load(larger), larger).train.images.shape[2:] == (
+    assert loading.keep_decoded(data.load(larger), larger, CPU).train.images.shape[2:] == (
         (300, 300) if "image_size" in values else (16, 16)
     )
 
@@ -123,10 +125,10 @@ def test_images_of_several_sizes_are_left_alone_or_told(tmp_path):
     images = noise(30) + noise(30, (20, 16), seed=1)
     config = DataConfig(source=str(parquet_of(tmp_path, images)), workers=0, image_size=32)
     source = data.load(config)
-    assert loading.keep_decoded(source, config) is source
+    assert loading.keep_decoded(source, config, CPU) is source
     config = DataConfig(source=config.source, workers=0)
     with pytest.raises(UserError, match="images differ in size"):
-        loading.keep_decoded(data.load(config), config)
+        loading.keep_decoded(data.load(config), config, CPU)
 
 
 def test_a_corrupt_image_is_told_before_training_or_left_out(tmp_path):
@@ -135,7 +137,7 @@ def test_a_corrupt_image_is_told_before_training_or_left_out(tmp_path):
     folder = parquet_of(tmp_path, images)
     config = DataConfig(source=str(folder), workers=0)
     with pytest.raises(UserError, match="row 17 of split 'train' can't be decoded"):
-        loading.keep_decoded(data.load(config), config)
+        loading.keep_decoded(data.load(config), config, CPU)
     config = DataConfig(source=str(folder), workers=0, on_corrupt="skip")
-    kept = loading.keep_decoded(data.load(config), config)
+    kept = loading.keep_decoded(data.load(config), config, CPU)
     assert sum((split.labels == IGNORED).sum().item() for split in (kept.train, kept.validation)) == 1

@@ -1,0 +1,94 @@
+"""CUDA graphs: the work of a step, recorded once and then replayed, instead of launched by Python kernel by kernel.
+
+On small images a GPU has computed a kernel sooner than Python has launched the next one, and mostly waits. A recorded
+sequence of kernels is launched as one. It computes what the kernels computed, and draws new random numbers each time.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from torch import Tensor, nn
+
+from engine import train_mode
+from errors import first_line
+
+
+class Replayed:
+    """A function of a batch of images on a GPU, recorded when it is first called.
+
+    Batches of another shape it is called with as it is. What it gives is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function = function
+        self.graph = self.given = self.made = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.graph is None:
+            self._record(images)
+        if images.shape != self.given.shape:
+            return self.function(images)
+        self.given.copy_(images, non_blocking=True)
+        self.graph.replay()
+        return self.made
+
+    @torch.no_grad()
+    def _record(self, images: Tensor) -> None:
+        random_state = torch.cuda.get_rng_state(images.device)
+        self.given, aside = images.clone(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # what libraries set up at first must not be recorded
+                self.function(self.given)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, which pin the loader's batches, may go on meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.made = self.function(self.given)
+        torch.cuda.set_rng_state(random_state, images.device)  # as if nothing had been drawn
+
+
+def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Record the forward and the backward pass of a prepared model's training mode, until `engine.unwrap`.
+
+    Weights, buffers and random state are afterwards what they were. Left as it is, on a CPU and elsewhere:
+    DDP, which hooks into the backward pass; accumulated gradients, as a replay writes each where the last one was; a
+    model that torch.compile has (its mode reduce-overhead records by itself); and one that can't be recorded, of which
+    it is said why.
+
+    Args:
+        shape: (B, 3, H, W) of all training batches.
+
+    Returns:
+        Whether it was recorded.
+    """
+    if (
+        accelerator.device.type != "cuda"
+        or accelerator.num_processes > 1
+        or accelerator.gradient_accumulation_steps > 1
+        or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    ):
+        return False
+    random_state = torch.cuda.get_rng_state(accelerator.device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    train_mode(model)
+    images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
+    forward = vars(model).get("forward")
+    try:
+        torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # in the middle of it, something had to be known on the CPU
+        print(f"hint: this model's steps can't be recorded as CUDA graphs: {first_line(error)}", file=sys.stderr)
+        vars(model).pop("forward", None)
+        if forward is not None:
+            model.forward = forward
+        return False
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        torch.cuda.set_rng_state(random_state, accelerator.device)
+    return True
