@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
-from engine import train_mode
+import engine
 from errors import first_line
 
 
@@ -74,7 +74,11 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
         return False
     random_state = torch.cuda.get_rng_state(accelerator.device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    train_mode(model)
+    engine.train_mode(model)
+    # What adds up a weight's gradient belongs to the stream that it was first asked for on: to the training's, not to
+    # the one that is recorded on, or each step would make the two wait for one another.
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    adding_up = [weight.view_as(weight).grad_fn.next_functions[0][0] for weight in weights]
     images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
     forward = vars(model).get("forward")
     try:
@@ -88,6 +92,7 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
             model.forward = forward
         return False
     finally:
+        del adding_up
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
         torch.cuda.set_rng_state(random_state, accelerator.device)

@@ -136,11 +136,14 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
 
 
 def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataLoader:
-    """A loader of a data set in its order; without `collate` it is fetched by batches, as `Pixels`."""
+    """A loader of a data set in its order; without `collate` it is fetched by batches, as `Pixels`.
+
+    For predictions, which wait for images that are read or made, so that each core but one gets a worker.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=_workers(config),
+        num_workers=max(1, cores_per_process() - 1) if config.workers is None else config.workers,
         worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate or _as_it_is,

@@ -68,7 +68,7 @@ def losses_of(run):
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("phases", [TWO_PHASES, {"train": phase(epochs=3, lr=1e-2)}], ids=["two phases", "all"])
+@pytest.mark.parametrize("phases", [TWO_PHASES, {"train": phase(epochs=2, lr=1e-4)}], ids=["two phases", "all"])
 def test_what_is_replayed_is_what_was_recorded(make_config, monkeypatch, capsys, phases, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     losses = []
@@ -107,7 +107,7 @@ def test_replayed_augmentation_draws_anew_and_as_the_random_state_says(policy):
     assert replayed(images).equal(first)
     assert replayed(images).equal(second)
     assert replayed(images[:5]).shape == (5, 3, 32, 32), "another shape is not replayed"
-    assert replayed(255 - images).mean() != pytest.approx(second.mean().item(), abs=1e-3), "it is these images"
+    assert replayed(images // 4).mean() < -0.5, "it is these images"
 
 
 def test_accumulated_gradients_are_not_replayed(make_config, capsys):
