@@ -4,7 +4,6 @@ On small images a GPU has computed a kernel sooner than Python has launched the 
 sequence of kernels is launched as one. It computes what the kernels computed, and draws new random numbers each time.
 """
 
-import sys
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,7 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 import engine
-from errors import first_line
+from errors import UserError, first_line
 
 
 class Replayed:
@@ -54,16 +53,18 @@ class Replayed:
 def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Record the forward and the backward pass of a prepared model's training mode, until `engine.unwrap`.
 
-    Weights, buffers and random state are afterwards what they were. Left as it is, on a CPU and elsewhere:
-    DDP, which hooks into the backward pass; accumulated gradients, as a replay writes each where the last one was; a
-    model that torch.compile has (its mode reduce-overhead records by itself); and one that can't be recorded, of which
-    it is said why.
+    Weights, buffers and random state are afterwards what they were. Left as it is, on a CPU and elsewhere: DDP, which
+    hooks into the backward pass; accumulated gradients, as a replay writes each where the last one was; and a model
+    that torch.compile has (its mode reduce-overhead records by itself).
 
     Args:
         shape: (B, 3, H, W) of all training batches.
 
     Returns:
         Whether it was recorded.
+
+    Raises:
+        UserError: it can't be, since in the middle of it something has to be known on the CPU.
     """
     if (
         accelerator.device.type != "cuda"
@@ -75,25 +76,18 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
     random_state = torch.cuda.get_rng_state(accelerator.device)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine.train_mode(model)
-    # What adds up a weight's gradient belongs to the stream that it was first asked for on: to the training's, not to
-    # the one that is recorded on, or each step would make the two wait for one another.
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    adding_up = [weight.view_as(weight).grad_fn.next_functions[0][0] for weight in weights]
     images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
-    forward = vars(model).get("forward")
+    # Gradients are added up on the stream that is recorded on, which torch remarks on and waits for in each step.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # in the middle of it, something had to be known on the CPU
-        print(f"hint: this model's steps can't be recorded as CUDA graphs: {first_line(error)}", file=sys.stderr)
-        vars(model).pop("forward", None)
-        if forward is not None:
-            model.forward = forward
-        return False
-    finally:
-        del adding_up
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-        torch.cuda.set_rng_state(random_state, accelerator.device)
+    except RuntimeError as error:  # a recording that broke off leaves random numbers unusable
+        raise UserError(
+            f"this model's steps can't be recorded as CUDA graphs ({first_line(error)}): train with --cuda_graphs false"
+        ) from error
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    torch.cuda.set_rng_state(random_state, accelerator.device)
     return True
