@@ -361,3 +361,21 @@ def test_every_recipe_trains(command, tmp_path, recipe):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == len(phases)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_is_kept_like_any_other(make_config, monkeypatch):
+    """accelerate launch --dynamo_backend wraps the model; names of weights, and so what is kept, know nothing of it."""
+    plain = train.train(make_config(run_name="plain"))
+    forget_accelerate()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = train.train(make_config(run_name="compiled"))
+    for one, other in zip(history(compiled), history(plain), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+        assert one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
+    one, other = (load_file(run / "best" / "model.safetensors") for run in (compiled, plain))
+    assert one.keys() == other.keys()
+    forget_accelerate()
+    (compiled / "summary.json").unlink()
+    train.train(make_config(run_name="compiled"), resume=compiled)
+    assert (compiled / "summary.json").is_file()
