@@ -137,8 +137,8 @@ class DataConfig(_Section):
         2048,
         ge=0,
         description="MB of memory for images, if all of them fit; 0: never keep. Memory-mapped: decoded once, before "
-        "training, and kept by each process. Streamed: what the first epoch reads is kept by the main process as it "
-        "came, and shuffled fully from then on; what does not fit is read again in each epoch",
+        "training, and kept by each process. Streamed: what the first epoch reads is kept by the main process, decoded "
+        "as far as that fits, and shuffled fully from then on; what does not fit is read again in each epoch",
     )
     on_corrupt: Literal["error", "skip"] = Field(
         "error",

@@ -129,6 +129,8 @@ class Collate:
         }
 
     def _decode(self, row: dict) -> PILImage.Image | None:
+        if isinstance(row[self.image], np.ndarray):  # it is kept so
+            return PILImage.fromarray(row[self.image])
         try:
             return decode(row[self.image])
         except CorruptImage as error:

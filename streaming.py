@@ -1,7 +1,7 @@
 """Splits that are read as they arrive: by the main process alone, which hands the others their batches.
 
-What the first epoch of training reads stays in memory, still encoded, if it fits in `data.keep_mb`. Later epochs and
-validation then read nothing more, and rows are shuffled fully instead of within a buffer.
+What the first epoch of training reads stays in memory if it fits in `data.keep_mb`, decoded as far as that fits, too.
+Later epochs and validation then read nothing more, and rows are shuffled fully instead of within a buffer.
 """
 
 import os
@@ -16,10 +16,11 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from config import DataConfig
-from decoding import bytes_of
+from decoding import CorruptImage, bytes_of, decode
 from errors import USAGE, UserError, first_line
 from processes import is_main
 
+MB = 2**20  # bytes
 CHUNK = 64  # rows that are read at once
 AHEAD = 8  # chunks that are read before they are wanted
 CONNECTIONS = 16  # files that are fetched at once, where each image is one
@@ -28,8 +29,8 @@ CONNECTIONS = 16  # files that are fetched at once, where each image is one
 class Stream(Sampler):
     """A split whose every pass reads its rows, a little ahead of whoever wants them.
 
-    Rows come as dicts, their images as {"bytes", "path"}. It is a sampler because a loader's workers decode what is
-    read here: to `loading.Given` the rows themselves are the indices.
+    Rows come as dicts, their images as {"bytes", "path"}; where they are kept, as pixels. It is a sampler because a
+    loader's workers decode what is read here: to `loading.Given` the rows themselves are the indices.
 
     Args:
         rows: with undecoded images.
@@ -130,7 +131,7 @@ class TrainingStream:
 
     def _first_pass(self) -> Iterator[dict]:
         """The first epoch's training rows. At their end either all rows are kept or none."""
-        limit, size, self.kept = self.keep_mb * 2**20, 0, {False: [], True: []}
+        limit, size, self.kept = self.keep_mb * MB, 0, {False: [], True: []}
         for row in self.shuffled:
             held_out, size = self._is_held_out(row), size + len(row[self.image]["bytes"])
             if not self.too_large:
@@ -142,13 +143,28 @@ class TrainingStream:
             if not held_out:
                 yield row
         if not self.too_large:
-            self.whole = True
+            decoded, self.whole = self._decode(limit - size), True
             parts = {"training": self.kept[False], "validation": self.kept[True]}
             rows = " and ".join(f"{len(rows):,} {name}" for name, rows in parts.items() if rows)
             tqdm.write(
-                f"stream: {rows} rows ({size / 2**20:.0f} MB) have been read, "
-                "and are kept in memory as they came: later epochs read no more"
+                f"stream: {rows} rows ({size / MB:.0f} MB) have been read, "
+                f"and are kept in memory, {decoded:,} of them decoded: later epochs read no more"
             )
+
+    def _decode(self, room: int) -> int:
+        """Put pixels in the place of what is kept encoded, as long as they need no more room: how many it were."""
+        rows = [row for part in self.kept.values() for row in part]
+        for done, row in enumerate(tqdm(rows, "decoding", unit=" images", leave=False, disable=None)):
+            encoded = row[self.image]
+            try:
+                pixels = np.array(decode(encoded))
+            except CorruptImage:
+                continue  # it stays as it came, and is told of, or skipped, where it is wanted
+            room -= pixels.nbytes - len(encoded["bytes"])
+            if room < 0:
+                return done
+            row[self.image] = pixels
+        return len(rows)
 
     def _check(self, rows: int, validation: bool) -> None:
         if validation and rows < _processes():

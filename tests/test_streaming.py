@@ -4,6 +4,7 @@ import itertools
 from functools import partial
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from images import encode, noise, parquet_of
@@ -12,6 +13,7 @@ import data
 import loading
 import streaming
 from config import DataConfig
+from decoding import Collate, decode
 from errors import UserError
 
 READ = []  # numbers of the rows that were read, in their order
@@ -77,6 +79,36 @@ def test_a_resumed_run_has_the_order_of_the_uninterrupted_one(keep_mb, shards):
     orders = [numbers(stream.training, epoch) for epoch in range(3)]
     assert numbers(stream_of(keep_mb=keep_mb, shards=shards).training, 2) == orders[2]
     assert numbers(stream_of(keep_mb=keep_mb, shards=shards, seed=1).training, 2) != orders[2]
+
+
+def test_what_is_kept_is_decoded_as_far_as_it_fits(monkeypatch):
+    coarse = [image.point(lambda level: level // 64 * 64) for image in noise(200, (32, 32))]  # a third as large encoded
+    contents = [encode(image)["bytes"] for image in coarse] + [b"no image"]
+    sizes = sum(map(len, contents))
+    pixels = 3 * 32 * 32
+    folds = {"folds": 4, "fold": 0}
+    held_out = partial(data.held_out, **folds)
+    for room, decoded in ((0, range(1)), (50 * pixels, range(50, 199)), (200 * pixels, range(200, 201))):
+        rows = datasets.IterableDataset.from_generator(
+            lambda: ({"image": {"bytes": content, "path": None}, "label": 1} for content in contents)
+        )
+        monkeypatch.setattr(streaming, "MB", 1)  # keep_mb in bytes
+        config = DataConfig(source="x", keep_mb=sizes + room, **folds)
+        stream = streaming.TrainingStream(rows, "image", held_out, config, seed=0)
+        first = [row["image"]["bytes"] for row in stream.training]
+        stream.training.set_epoch(1)
+        later = [row["image"] for row in stream.training]
+        kept = [row["image"] for part in stream.kept.values() for row in part]
+        arrays = [image for image in kept if isinstance(image, np.ndarray)]
+        assert len(arrays) in decoded
+        assert sum(len(image["bytes"]) if isinstance(image, dict) else image.nbytes for image in kept) <= sizes + room
+        assert len(later) == len(first)
+    expected = {np.asarray(decode({"bytes": content})).tobytes() for content in first if content != b"no image"}
+    assert {image.tobytes() for image in later if isinstance(image, np.ndarray)} == expected
+    collate = Collate("image", "label", 10, (32, 32), None)
+    encoded = [{"image": {"bytes": content, "path": None}, "label": 1} for content in contents[:3]]
+    pixels = [row | {"image": np.asarray(decode(row["image"]))} for row in encoded]
+    assert collate(encoded)["image"].equal(collate(pixels)["image"])
 
 
 def test_too_few_rows_are_told_at_their_end():
