@@ -15,18 +15,22 @@ from pydantic_core import PydanticUndefined
 
 from config import SECTIONS, Config, DataConfig, PhaseConfig
 from errors import USAGE, UserError
-from recipe import DEFAULT_RECIPE, nearest, overridden, quoted, read_yaml
+from recipe import DEFAULT_RECIPE, nearest, overridden, quoted, read_yaml, script_of
 from text import plain
 
 
-def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
+def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config, Path | None]:
     """The command line of train.py as (configuration, run folder to resume or None).
 
     A resumed run has its own config.yaml for a recipe, unless --config names one; what differs is judged later, by
     `runs.opened`. `--help` prints the options with the chosen recipe's values as defaults and exits.
 
+    Args:
+        patched: whether training is patched as the configuration may say (benchmarks/patches.py).
+
     Raises:
-        UserError: an option or value that does not exist (the nearest valid one is named) or is out of range.
+        UserError: an option or value that does not exist (the nearest valid one is named) or is out of range, or the
+            configuration of a patched run.
     """
     argv = sys.argv[1:] if argv is None else argv
     first = QuietParser(add_help=False, allow_abbrev=False)
@@ -44,7 +48,11 @@ def parse(argv: list[str] | None = None) -> tuple[Config, Path | None]:
 
     overrides = vars(_parser(tree, path).parse_args(argv))
     overrides.pop("config", None), overrides.pop("resume", None)
-    return overridden(tree, overrides, path), run
+    config = overridden(tree, overrides, path)
+    script = " ".join(script_of(config.recipe))
+    if not patched and script != "train.py":
+        raise UserError(f"{path} is of a run whose training was patched: go on by {script} in the place of train.py")
+    return config, run
 
 
 def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:

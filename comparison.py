@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass
 from itertools import pairwise
 
+from recipe import script_of
 from runfolder import Predictions, Run, number
 from text import NAME_LENGTH, plain, shown
 
@@ -312,4 +313,5 @@ def command(run: Run) -> str:
         words = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", precision]
         words += ["--multi_gpu", "--num_processes", *several] if several else []
         words += ["--cpu"] if found.get("device_type") == "cpu" else []
-    return plain(shlex.join([*words, "train.py", "--config", os.path.abspath(run.path / "config.yaml")]))
+    words += script_of(str(run.setting("recipe") or ""))
+    return plain(shlex.join([*words, "--config", os.path.abspath(run.path / "config.yaml")]))

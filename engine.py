@@ -28,7 +28,7 @@ def train_epoch(
     accelerator: Accelerator,
     model: nn.Module,
     loader,
-    transform: nn.Module,
+    transform: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     metrics: Classification,
     micro_batch_size: int,

@@ -37,7 +37,8 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path
             device = accelerator.device.type
             raise UserError(
                 f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
-                f"smaller --data.micro_batch_size (or auto; the batch size stays), --mixed_precision bf16; {way_on}"
+                f"smaller --data.micro_batch_size (or auto; the batch size stays), --mixed_precision bf16"
+                f"{', --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda')}; {way_on}"
             ) from error
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL):
             raise UserError(

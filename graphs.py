@@ -12,13 +12,14 @@ from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 
 import engine
+import faults
 from errors import UserError, first_line
 
 
 class Replayed:
     """A function of a batch of images on a GPU, recorded when it is first called.
 
-    Batches of another shape it is called with as it is. What it gives is overwritten by the next call.
+    Batches of another shape go through the function itself. What is given back is overwritten by the next call.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
@@ -55,7 +56,7 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
 
     Weights, buffers and random state are afterwards what they were. Left as it is, on a CPU and elsewhere: DDP, which
     hooks into the backward pass; accumulated gradients, as a replay writes each where the last one was; and a model
-    that torch.compile has (its mode reduce-overhead records by itself).
+    that torch.compile has.
 
     Args:
         shape: (B, 3, H, W) of all training batches.
@@ -64,7 +65,8 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
         Whether it was recorded.
 
     Raises:
-        UserError: it can't be, since in the middle of it something has to be known on the CPU.
+        UserError: it can't be, mostly since in the middle of it something has to be known on the CPU.
+        RuntimeError: memory does not suffice.
     """
     if (
         accelerator.device.type != "cuda"
@@ -81,11 +83,12 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a recording that broke off leaves random numbers unusable
+    except (RuntimeError, AssertionError) as error:  # a recording that broke off leaves random numbers unusable
+        if any(it is not None and faults.out_of_memory(it) for it in (error, error.__context__)):
+            raise
         raise UserError(
-            f"this model's steps can't be recorded as CUDA graphs ({first_line(error)}): train with --cuda_graphs false"
+            f"this model's steps can't be recorded as CUDA graphs ({first_line(error)}); without them: --cuda_graphs "
+            "false, after --resume, too"
         ) from error
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

@@ -55,6 +55,8 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
         if getattr(config, option) and not can_be_had:
             raise UserError(f"{option}: there is no such thing on this device ({kind}); leave it out", USAGE)
     if on_gpu:
+        if accelerator.device.index is not None:  # where ACCELERATE_TORCH_DEVICE chose, it is not the current one
+            torch.cuda.set_device(accelerator.device)
         # torch's own default is TF32 in convolutions and not in matrix products.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     if kind == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":

@@ -117,7 +117,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
     if rows is None:
         return None
     kept, streamed = isinstance(rows, Pixels), isinstance(rows, Sampler)
-    there = kept and rows.images.is_cuda
+    on_gpu = kept and rows.images.is_cuda
     reads = not streamed or is_main()  # of a stream the main process alone
     return DataLoader(
         Given() if streamed else rows,
@@ -130,7 +130,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
         # often as an uninterrupted one.
         persistent_workers=False,
         worker_init_fn=_outlive_signals,
-        pin_memory=torch.cuda.is_available() and not there,
+        pin_memory=torch.cuda.is_available() and not on_gpu,
         collate_fn=_as_it_is if kept else _collate(source, split, config),
     )
 
@@ -138,12 +138,12 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
 def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataLoader:
     """A loader of a data set in its order; without `collate` it is fetched by batches, as `Pixels`.
 
-    For predictions, which wait for images that are read or made, so that each core but one gets a worker.
+    For predictions, which wait for images that are read or made, so that there are more workers than in training.
     """
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=max(1, cores_per_process() - 1) if config.workers is None else config.workers,
+        num_workers=default_workers(most=16) if config.workers is None else config.workers,
         worker_init_fn=_outlive_signals,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate or _as_it_is,
@@ -197,6 +197,6 @@ def _workers(config: DataConfig) -> int:
     return default_workers() if config.workers is None else config.workers
 
 
-def default_workers() -> int:
-    """Cores of this machine less one for the training itself, shared by its processes; 1 to 4."""
-    return min(4, max(1, cores_per_process() - 1))
+def default_workers(most: int = 4) -> int:
+    """Cores of this machine less one for the training itself, shared by its processes; 1 to `most`."""
+    return min(most, max(1, cores_per_process() - 1))

@@ -19,8 +19,15 @@ from errors import USAGE, UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
+PATCHED = ".."  # in a run's config.yaml, between its recipe's name and what benchmarks/patches.py patched
 SHORT = reprlib.Repr()  # of values in messages
 SHORT.maxstring = SHORT.maxother = 80
+
+
+def script_of(recipe: str) -> list[str]:
+    """The words that start what trains a run whose config.yaml has this `recipe`."""
+    patches = recipe.partition(PATCHED)[2]
+    return ["benchmarks/patches.py", *patches.split("."), "--"] if patches else ["train.py"]
 
 
 class _Loader(yaml.SafeLoader):

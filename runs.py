@@ -25,6 +25,7 @@ from recipe import check, read_yaml
 FREE = (
     "checkpoint.",
     "clip_norm",
+    "cuda_graphs",
     "data.keep_mb",
     "data.micro_batch_size",
     "data.workers",

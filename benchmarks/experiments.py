@@ -1,6 +1,6 @@
 """Patches that change what is learned: the report's faults, put back to show what each costs, and tricks.
 
-A trick becomes an option of train.py only if it helped (docs/results.md).
+A trick becomes an option of train.py when a recipe is meant to have it (docs/results.md says what it brings).
 """
 
 import patching

@@ -36,7 +36,7 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "images_on_gpu": ([], ["images_in_memory"], ALL),
     "no_augmentation": (["unaugmented"], [], ALL),
     "no_grad_trunk": (["no_grad_trunk"], [], FROZEN),
-    "compile": (["compiled"], [], ALL),
+    "compile": (["compiled"], ["launched"], ALL),
 }
 CPU_ONLY = ("glibc_keeps_memory", "thread_per_core", "weights_contiguous")
 GPU_ONLY = ("cuda_graphs", "images_on_gpu")
@@ -73,7 +73,7 @@ def measure(case: str, args, folder: Path) -> list[dict]:
     guess.end()
     source = turns.subset(args.data, max(10 * args.batch_size, round(rate * args.seconds)), folder)
     default, results = start([], source), []
-    elsewhere = GPU_ONLY if turns.device_name().endswith("CPU cores") else CPU_ONLY
+    elsewhere = CPU_ONLY if turns.on_gpu() else GPU_ONLY
     for name in args.levers:
         with_it, without, cases = LEVERS[name]
         if case not in cases or name in elsewhere:

@@ -12,12 +12,13 @@ import dataclasses
 import sys
 
 from experiments import AUGMENTING, EXCLUSIVE
-from patching import MARK, PATCHES, mark, patch
+from patching import PATCHES, mark, patch
 
 import hub
 from commandline import parse
 from config import PLAIN_NAME
 from errors import USAGE, UserError, told
+from recipe import PATCHED
 
 
 def main() -> None:
@@ -39,8 +40,8 @@ def main() -> None:
     for group in EXCLUSIVE:
         if len(both := [name for name in args.patches if name in group]) > 1:
             parser.error(f"{both[0]} and {both[1]} don't go together")
-    config, resume = parse(rest)
-    recipe = config.recipe.partition(MARK)[0] + mark(args.patches)
+    config, resume = parse(rest, patched=True)
+    recipe = config.recipe.partition(PATCHED)[0] + mark(args.patches)
     if len(recipe) > PLAIN_NAME["max_length"]:
         parser.error("that many patches have no room in the recipe's name, which says them; name fewer")
     if resume and config.recipe != recipe:

@@ -5,15 +5,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # what is patched
 
+from recipe import PATCHED
+
 PATCHES = {}  # by name
-
-
-MARK = ".."  # between a recipe's name and the patches that a run was made with
 
 
 def mark(patches) -> str:
     """What is put behind the recipe's name in a run's config.yaml, so that it tells what was patched."""
-    return MARK + ".".join(patches) if patches else ""
+    return PATCHED + ".".join(patches) if patches else ""
 
 
 def named(function):

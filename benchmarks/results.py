@@ -167,6 +167,10 @@ def main() -> None:
     if unknown := set(args.run or ()) - {row.name for row in plan}:
         raise UserError(f"--run: there is no row {min(unknown)} in {plan_file}", USAGE)
     wanted = [row for row in plan if args.run is not None and (not args.run or row.name in args.run)]
+    if args.run == [] and not turns.on_gpu():
+        for row in (row for row in wanted if row.gpu):
+            print(f"{row.name} is left out, since it is for a GPU: --run {row.name} trains it here, too")
+        wanted = [row for row in wanted if not row.gpu]
     missing = [(row, run) for row in wanted for run in row.runs() if state(row, run, args.runs) != "done"]
     if lacking := [row.name for row, _ in missing if "WEIGHTS" in row.options and not args.weights]:
         raise UserError(f"--weights: {lacking[0]} needs them; or name other rows after --run", USAGE)

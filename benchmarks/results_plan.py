@@ -62,6 +62,7 @@ class Row(BaseModel):
     patches: list[str] = []
     seeds: list[int] = Field([0], min_length=1)
     robustness: bool = True
+    gpu: bool = False  # too much for a CPU
 
     @property
     def script(self) -> list[str]:

@@ -39,7 +39,7 @@ import processes
 from errors import told
 
 VARIANTS = ("limit", "ours", "decoding", "plain", "hf")
-PIL = 1000  # images a second that a core opens and transforms, about: what is bound by that has no longer turns
+PIL = 1000  # images a second that a core opens and transforms, about: fewer rows where that makes turns long
 
 
 def limit(case: str, batch_size: int, seconds: float, compiling: bool):
@@ -156,9 +156,9 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
 
     first = start("limit", args.data)
     rate, cores = first.ready["rate"], processes.cores_per_process()
-    rates = {"plain": min(rate, PIL * cores), "hf": min(rate, PIL)}
+    bounded = {"plain": min(rate, PIL * cores), "hf": min(rate, PIL)}
     others = [name for name in VARIANTS[1:] if name in ("ours", *args.variants)]
-    sources = {name: source(rates.get(name, rate)) for name in others}
+    sources = {name: source(bounded.get(name, rate)) for name in others}
     measured = [first] + [start(name, sources[name]) for name in others]
     turns.alternate(measured, args.rounds)
     model, phase, _ = CASES[case]

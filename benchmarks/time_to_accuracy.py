@@ -82,6 +82,7 @@ def run(args, said: dict) -> list[dict]:
     options = ["--data", source, "--weights", args.weights, "--seed", args.seed, "--epochs", args.epochs]
     options += ["--runs", args.runs]
     plain, ours = (turns.Process(name, *options) for name in VARIANTS)
+    _ = plain.ready, ours.ready  # neither starts up while the other is timed
     rows, best = [], -1.0
 
     def epoch(process) -> float:

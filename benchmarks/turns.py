@@ -210,6 +210,10 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
 # ---- what figures have to be told with ------------------------------------------------------------------------------
 
 
+def on_gpu() -> bool:
+    return not device_name().endswith("CPU cores")
+
+
 def device_name() -> str:
     import torch
 
@@ -227,7 +231,7 @@ def launched(processes: int, *arguments) -> list[str]:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [sys.argv[0], *map(str, arguments), "--measure"]
     # Without a GPU each would believe to be alone if it were not said.
-    env = os.environ | {"ACCELERATE_USE_CPU": str("CPU" in device_name()).lower()}
+    env = os.environ | {"ACCELERATE_USE_CPU": str(not on_gpu()).lower()}
     result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if result.returncode:
         sys.exit(f"{processes} processes ended with exit code {result.returncode}")

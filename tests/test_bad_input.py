@@ -189,6 +189,7 @@ CASES = [
     option("--data.streaming perhaps", "data.streaming: should be a valid boolean", "'perhaps'"),
     option("--data.on_corrupt skipp", "data.on_corrupt: 'skipp' is not known; did you mean skip?"),
     option("--clip_norm 0", "clip_norm: should be greater than 0, not 0"),
+    option("--augment.mix cutmix --data.micro_batch_size 1", "augment.mix cutmix: in a batch or micro-batch of 1"),
     option("--augment.policy repot", "augment.policy: 'repot' is not known; did you mean report?"),
     option("--augment.mix cutmxi", "augment.mix: 'cutmxi' is not known; did you mean cutmix?"),
     option("--augment.distort half", "augment.distort: should be a valid boolean", "'half'"),

@@ -218,6 +218,11 @@ def test_the_command_has_the_precision_and_the_processes(make, environment, word
     assert shlex.split(comparison.command(run))[-1] == str(run.path / "config.yaml")
 
 
+def test_the_command_of_a_patched_run_patches(make):
+    run = make(recipe="resnet50..ema.erasing", environment={"mixed_precision": "no"})
+    assert f"{OWN} --mixed_precision no --cpu benchmarks/patches.py ema erasing -- --config " in comparison.command(run)
+
+
 def test_the_command_is_not_for_the_folder_that_the_report_was_made_in(make, tmp_path, monkeypatch):
     make()
     monkeypatch.chdir(tmp_path)

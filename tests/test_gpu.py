@@ -17,7 +17,7 @@ import graphs
 import loading
 import train
 from engine import unwrap
-from errors import Interrupted
+from errors import Interrupted, UserError
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
@@ -100,14 +100,44 @@ def test_replayed_augmentation_draws_anew_and_as_the_random_state_says(policy):
     transform = policy((0.5,) * 3, (0.5,) * 3, distorts=True).cuda()
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8, device="cuda")
     torch.cuda.manual_seed(1)
+    expected = [transform(images), transform(images)]
+    assert not expected[0].equal(expected[1])
     replayed = graphs.Replayed(transform)
-    first, second = replayed(images).clone(), replayed(images).clone()
-    assert not first.equal(second)
-    torch.cuda.manual_seed(1)
-    assert replayed(images).equal(first)
-    assert replayed(images).equal(second)
+    for _ in range(2):  # recorded at first, replayed from then on
+        torch.cuda.manual_seed(1)
+        for one in expected:
+            torch.testing.assert_close(replayed(images), one, atol=1e-5, rtol=0)
     assert replayed(images[:5]).shape == (5, 3, 32, 32), "another shape is not replayed"
     assert replayed(images // 4).mean() < -0.5, "it is these images"
+
+
+def test_recording_leaves_buffers_and_random_numbers_as_they_were():
+    accelerator = accelerator_of(cpu=False)
+    model = accelerator.prepare(make_model())
+    model.train()
+    before, random_state = {name: it.clone() for name, it in model.state_dict().items()}, torch.cuda.get_rng_state()
+    assert graphs.record(accelerator, model, (8, 3, 32, 32))
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert torch.cuda.get_rng_state().equal(random_state)
+
+
+def test_dropout_drops_anew_in_each_replayed_step(make_config):
+    """And what is dropped is what would have been: SimpleCNN, whose head drops half."""
+    losses = []
+    for recorded in (True, False):
+        config = make_config(
+            {"train": phase(epochs=2)}, model={"name": "simple_cnn"}, cuda_graphs=recorded, run_name=str(recorded)
+        )
+        losses.append(losses_of(train.train(config)))
+        forget_accelerate()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_what_looks_at_a_value_can_not_be_recorded_and_says_the_way_out(make_config, monkeypatch):
+    real = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: real(self, x * (1 if x.sum().item() else 2)))
+    with pytest.raises(UserError, match=r"can't be recorded as CUDA graphs .* --cuda_graphs false"):
+        train.train(make_config(TWO_PHASES))
 
 
 def test_accumulated_gradients_are_not_replayed(make_config, capsys):
@@ -128,12 +158,13 @@ def test_no_step_waits_for_the_gpu(make_config, monkeypatch):
     real = train.train_epoch
 
     def spied(*args):
-        torch.cuda.set_sync_debug_mode("default")
-        for number, step in enumerate(real(*args)):
-            torch.cuda.set_sync_debug_mode("default")  # tracking may
-            yield step
-            torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one records
-        torch.cuda.set_sync_debug_mode("default")
+        try:
+            for number, step in enumerate(real(*args)):
+                torch.cuda.set_sync_debug_mode("default")  # tracking may
+                yield step
+                torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first one records
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(train, "train_epoch", spied)
     train.train(make_config(TWO_PHASES, augment=DRAWING))

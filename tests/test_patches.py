@@ -16,13 +16,14 @@ import patching
 
 import augment
 import checkpoint
+import commandline
 import engine
 import folding
 import models
 import train
 from config import PhaseConfig
 from errors import UserError
-from recipe import check
+from recipe import check, read_yaml
 
 
 @pytest.fixture
@@ -205,3 +206,15 @@ def test_patched_runs_train_and_are_gone_on_with_only_so(command, parquet, tmp_p
     for others in ("compiled", names.split()[-1]):
         result = command("benchmarks/patches.py", others, "--", "--resume", str(tmp_path / "run"))
         assert result.returncode == 2 and "not with these patches alone" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--resume", "--config"])
+def test_train_does_not_go_on_with_a_patched_run(tmp_path, option):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = check(read_yaml(ROOT / "recipes" / "demo_scratch.yaml") | {"recipe": "demo_scratch..ema.erasing"}, "test")
+    (run / "config.yaml").write_text(config.to_yaml())
+    argv = [option, str(run if option == "--resume" else run / "config.yaml")]
+    with pytest.raises(UserError, match=r"patched: go on by benchmarks/patches.py ema erasing -- in"):
+        commandline.parse(argv)
+    assert commandline.parse(argv, patched=True)[0].recipe == "demo_scratch..ema.erasing"

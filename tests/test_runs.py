@@ -89,6 +89,7 @@ def settle(run, begun, *argv):
         (["--phases.last.epochs", "9"], "phases.last.epochs changes from 2 to 9"),
         (["--phases.last.lr", "0.5"], "phases.last.lr changes from 0.001 to 0.5"),
         (["--data.workers", "2"], "data.workers changes from 0 to 2"),
+        (["--cuda_graphs", "false"], "cuda_graphs changes from true to false"),
         (["--data.micro_batch_size", "8"], "data.micro_batch_size changes from null to 8"),
         (["--tracking", "wandb"], 'tracking changes from "none" to "wandb"'),
         (["--checkpoint.every_steps", "7"], "checkpoint.every_steps changes from null to 7"),
