@@ -10,7 +10,7 @@ limit     forward, backward and optimizer step on one batch that lies on the dev
           folded like ours; the best of contiguous, channels_last or channels_last images alone, of fp32 or bf16, and
           of eager or (where there is a C++ compiler, and unless --eager) compiled; on a GPU compiling includes CUDA
           graphs (its mode reduce-overhead)
-ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation and each step's metrics on;
+ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation and each step's metrics;
           the epoch's figures and history come after. As its defaults are: images decoded once, before training
 decoding  the same with images decoded anew in each epoch (--data.keep_mb 0)
 plain     the usual loop: torchvision's transforms on PIL images in a DataLoader with a worker per core, fp32,
