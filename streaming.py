@@ -152,9 +152,9 @@ class TrainingStream:
             )
 
     def _decode(self, room: int) -> int:
-        """Put pixels in the place of what is kept encoded, as long as they need no more room: how many it were."""
-        rows = [row for part in self.kept.values() for row in part]
-        for done, row in enumerate(tqdm(rows, "decoding", unit=" images", leave=False, disable=None)):
+        """Put pixels in the place of what is kept encoded as long as there is room, and tell in how many rows."""
+        rows, decoded = [row for part in self.kept.values() for row in part], 0
+        for row in tqdm(rows, "decoding", unit=" images", leave=False, disable=None):
             encoded = row[self.image]
             try:
                 pixels = np.array(decode(encoded))
@@ -162,9 +162,10 @@ class TrainingStream:
                 continue  # it stays as it came, and is told of, or skipped, where it is wanted
             room -= pixels.nbytes - len(encoded["bytes"])
             if room < 0:
-                return done
+                break
             row[self.image] = pixels
-        return len(rows)
+            decoded += 1
+        return decoded
 
     def _check(self, rows: int, validation: bool) -> None:
         if validation and rows < _processes():

@@ -81,7 +81,7 @@ def test_a_resumed_run_has_the_order_of_the_uninterrupted_one(keep_mb, shards):
     assert numbers(stream_of(keep_mb=keep_mb, shards=shards, seed=1).training, 2) != orders[2]
 
 
-def test_what_is_kept_is_decoded_as_far_as_it_fits(monkeypatch):
+def test_what_is_kept_is_decoded_as_far_as_it_fits(monkeypatch, capsys):
     coarse = [image.point(lambda level: level // 64 * 64) for image in noise(200, (32, 32))]  # a third as large encoded
     contents = [encode(image)["bytes"] for image in coarse] + [b"no image"]
     sizes = sum(map(len, contents))
@@ -101,6 +101,7 @@ def test_what_is_kept_is_decoded_as_far_as_it_fits(monkeypatch):
         kept = [row["image"] for part in stream.kept.values() for row in part]
         arrays = [image for image in kept if isinstance(image, np.ndarray)]
         assert len(arrays) in decoded
+        assert f"kept in memory, {len(arrays)} of them decoded" in capsys.readouterr().out
         assert sum(len(image["bytes"]) if isinstance(image, dict) else image.nbytes for image in kept) <= sizes + room
         assert len(later) == len(first)
     expected = {np.asarray(decode({"bytes": content})).tobytes() for content in first if content != b"no image"}
