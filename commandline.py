@@ -77,7 +77,8 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
 
 
 def _recipe_name(path: Path) -> str:
-    return re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-")[:100] or "run"
+    name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-")[:100] or "run"
+    return re.sub(r"\.{2,}", ".", name)  # two dots are of patched runs (recipe.PATCHED)
 
 
 class QuietParser(argparse.ArgumentParser):

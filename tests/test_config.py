@@ -251,3 +251,9 @@ def test_any_text_is_a_recipe_or_told_in_one_line(tmp_path, text):
 @given(st.lists(st.tuples(OPTIONS, WORDS) | st.tuples(WORDS), max_size=4))
 def test_any_command_line_is_a_configuration_or_told_in_one_line(capsys, pairs):
     config_or_one_line([word for pair in pairs for word in pair])
+
+
+def test_a_recipe_with_two_dots_in_its_name_is_not_taken_for_a_patched_run(tmp_path):
+    path = tmp_path / "mine..v2.yaml"
+    path.write_text((RECIPES / "deep_cnn.yaml").read_text())
+    assert parse(["--config", str(path)])[0].recipe == "mine.v2"
