@@ -121,8 +121,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
         source = loading.keep_decoded(source, config.data, accelerator.device, interrupt.watch, hidden)
         kept = isinstance(source.train, loading.Pixels)
         streamed = data.is_streamed(source)
-        how = f"decoded once and kept {'on the GPU' if kept and source.train.images.is_cuda else 'in memory'}"
-        how = how if kept else "streamed" if streamed else "decoded in each epoch"
+        how = "streamed" if streamed else "decoded in each epoch"
+        if kept:
+            how = f"decoded once and kept {'on the GPU' if source.train.images.is_cuda else 'in memory'}"
         rows = None if streamed else len(source.train)
         accelerator.print(f"images: {how}")
         accelerator.print(f"batch: {launch.describe_batch(config, accelerator, micro_batch_size, rows)}")
