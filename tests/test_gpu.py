@@ -1,23 +1,21 @@
 """What needs a GPU: `python -m pytest -m gpu`. Skipped elsewhere; see docs/scaling-out.md for where it has been run."""
 
-import dataclasses
 import json
 import math
-import signal
 
 import pytest
 import torch
 from conftest import TWO_PHASES, forget_accelerate, phase
 from test_engine import accelerator_of, make_model, train_one_phase
 from test_launch import TORCHRUN
-from test_resume import DRAWING, STEPS, stop_at
+from test_resume import DRAWING, STEPS, whole_and_resumed
 
 import augment
 import graphs
 import loading
 import train
 from engine import unwrap
-from errors import Interrupted, UserError
+from errors import UserError
 
 GPUS = torch.cuda.device_count()
 pytestmark = [
@@ -83,15 +81,7 @@ def test_what_is_replayed_is_what_was_recorded(make_config, monkeypatch, capsys,
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch):
     """Recording draws nothing and moves no buffer: what a resumed run draws is what the whole one drew."""
     config = make_config({"all": phase(epochs=3, lr=1e-3)}, augment=DRAWING)
-    whole = train.train(dataclasses.replace(config, run_name="whole"))
-    forget_accelerate()
-    with monkeypatch.context() as patch:
-        stop_at(patch, signal.SIGTERM, step=STEPS + 5)
-        with pytest.raises(Interrupted):
-            train.train(config)
-    forget_accelerate()
-    run = whole.with_name("run")
-    train.train(config, resume=run)
+    whole, run = whole_and_resumed(config, monkeypatch, step=STEPS + 5)
     assert losses_of(run) == pytest.approx(losses_of(whole), rel=1e-3)
 
 

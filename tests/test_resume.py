@@ -90,17 +90,22 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
 DRAWING = {"policy": "augmix", "mix": "cutmix", "distort": True}
 
 
-def test_a_stopped_run_without_validation_goes_on_too(make_config, monkeypatch):
-    config = make_config({"all": phase(epochs=2, lr=1e-2)}, data={"folds": None}, augment=DRAWING)
+def whole_and_resumed(config, monkeypatch, step):
+    """The folders of an uninterrupted run, and of one that was stopped at a step and gone on with."""
     whole = train.train(dataclasses.replace(config, run_name="whole"))
     forget_accelerate()
     with monkeypatch.context() as patch:
-        stop_at(patch, signal.SIGTERM, step=STEPS + 5)
+        stop_at(patch, signal.SIGTERM, step=step)
         with pytest.raises(Interrupted):
             train.train(config)
     forget_accelerate()
     run = whole.with_name("run")
-    train.train(config, resume=run)
+    return whole, train.train(config, resume=run)
+
+
+def test_a_stopped_run_without_validation_goes_on_too(make_config, monkeypatch):
+    config = make_config({"all": phase(epochs=2, lr=1e-2)}, data={"folds": None}, augment=DRAWING)
+    whole, run = whole_and_resumed(config, monkeypatch, step=STEPS + 5)
     assert_same(run, whole)
 
 
