@@ -6,7 +6,8 @@
 A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16
 (fp32 where that would be emulated): 1.50 means that it makes an epoch's training half as fast again. What train.py has
 is taken out for this, by patches (speed.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
-the median of the rounds' ratios. Levers of GPUs are left out on a CPU, and those of CPUs on a GPU.
+the median of the rounds' ratios. Levers of GPUs are left out on a CPU, those of
+CPUs on a GPU, and bf16 where it would be emulated.
 """
 
 import argparse
@@ -23,11 +24,13 @@ FROZEN = ("resnet50:head", "resnet50:finetune")
 ALL = ("deep_cnn", *FROZEN)
 LEVERS = {  # patches with the lever, patches without it, the cases to measure it for
     "bf16": (["bf16"], ["fp32"], ALL),
-    "images_channels_last": ([], ["contiguous"], ALL),
+    "images_channels_last": ([], ["images_contiguous"], ALL),
+    "folded_channels_last": ([], ["folded_contiguous"], FROZEN),
     "weights_contiguous": ([], ["weights_channels_last"], ALL),
     "frozen_in_eval_mode": (["unfolded"], ["drifting_batch_norm"], FROZEN),
     "folding": ([], ["unfolded"], FROZEN),
     "decoded_once": ([], ["decoding"], ALL),
+    "decoded_ahead": (["decoding"], ["decoding", "no_workers"], ALL),
     "glibc_keeps_memory": ([], ["glibc_as_it_is"], ALL),
     "thread_per_core": ([], ["one_thread"], ALL),
     "fused_optimizer": ([], ["unfused"], ALL),
@@ -42,7 +45,8 @@ CPU_ONLY = ("glibc_keeps_memory", "thread_per_core", "weights_contiguous")
 GPU_ONLY = ("cuda_graphs", "images_on_gpu")
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}
-OTHERWISE = (*PRECISIONS, "decoding")  # no patches: by the launcher's precision, and by an option
+OPTIONS = {"decoding": {"keep_mb": 0}, "no_workers": {"workers": 0}}
+OTHERWISE = (*PRECISIONS, *OPTIONS)  # no patches: by the launcher's precision, and by options of data
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -53,9 +57,9 @@ def child(args) -> None:
     for name in names:
         if name and name not in OTHERWISE:
             PATCHES[name]()
-    keep = {"keep_mb": 0} if "decoding" in names else {}
+    options = {key: value for name in names for key, value in OPTIONS.get(name, {}).items()}
     with tempfile.TemporaryDirectory() as folder:
-        config = loops.config_of(args.cases[0], args.data, args.batch_size, folder, data=keep)
+        config = loops.config_of(args.cases[0], args.data, args.batch_size, folder, data=options)
         turns.answer(lambda: loops.ours(config))
 
 
@@ -73,26 +77,18 @@ def measure(case: str, args, folder: Path) -> list[dict]:
     guess.end()
     source = turns.subset(args.data, max(10 * args.batch_size, round(rate * args.seconds)), folder)
     default, results = start([], source), []
-    elsewhere = CPU_ONLY if turns.on_gpu() else GPU_ONLY
+    elsewhere = [*(CPU_ONLY if turns.on_gpu() else GPU_ONLY), *["bf16"] * (turns.fast_precision() == "no")]
     for name in args.levers:
         with_it, without, cases = LEVERS[name]
         if case not in cases or name in elsewhere:
             continue
         pair = [start(patches, source) if patches else default for patches in (with_it, without)]
         turns.alternate(pair, args.rounds)
-        ratios = sorted(one / two for one, two in zip(pair[0].values, pair[1].values, strict=True))
-        results.append(
-            {
-                "lever": name,
-                "case": case,
-                "batch_size": args.batch_size,
-                "ratio": round(turns.ratio(*pair), 3),
-                "spread": [round(ratios[0], 3), round(ratios[-1], 3)],
-            }
-        )
-        row = results[-1]
+        ratio, spread = turns.ratio(*pair)
+        row = {"lever": name, "case": case, "batch_size": args.batch_size, "ratio": ratio, "spread": spread}
+        results.append(row)
         used = "not used" if name in NOT_USED else ""
-        print(f"{name:22s}{used:10s}{case:19s}{row['ratio']:6.2f} x  ({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+        print(f"{name:22s}{used:10s}{case:19s}{ratio:6.2f} x  ({spread[0]:.2f} to {spread[1]:.2f})", flush=True)
         for process in pair:
             process.values.clear()
             if process is not default:

@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=turns.positive, default=64, help="of all processes together [64]")
     parser.add_argument("--processes", type=turns.positive, nargs="+", default=[1], help="numbers of them [1]")
     parser.add_argument("--workers", type=turns.count, nargs="+", default=[0, 1, 2], help="numbers of them [0 1 2]")
-    parser.add_argument("--rounds", type=turns.positive, default=5)
+    parser.add_argument("--rounds", type=turns.positive, default=5, help="turns of each [5]")
     turns.add_options(parser, "reading")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

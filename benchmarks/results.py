@@ -56,8 +56,7 @@ def complete(row: Row, run: str, args) -> None:
         made = read_made(note)
 
     def session(does: str, *words: str) -> None:
-        facts = {"does": does, "commit": commit(), "date": str(datetime.date.today()), "machine": turns.conditions()}
-        facts["machine"].pop("precision", None)  # the machine's fast one, not the run's
+        facts = {"does": does, "commit": turns.commit(), "date": str(datetime.date.today()), "machine": turns.machine()}
         if does == "train" and "WEIGHTS" in row.options:
             facts["weights_sha256"] = digest(Path(args.weights))
         made["sessions"].append(facts)
@@ -112,18 +111,6 @@ def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
             FileLock(folder / "checkpoints" / ".lock").acquire()
         raise Interrupted("stopped; the same command goes on", 2) from None
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss // 1024
-
-
-def commit() -> str:
-    """The commit of the working tree, marked if anything has changed since that a run is made by."""
-    makes = ("*.py", "recipes", "accelerate_config.yaml", "requirements.txt")
-    try:
-        git = ["git", "-C", str(ROOT)]
-        name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--", *makes], capture_output=True).stdout
-    except OSError:
-        return "unknown"
-    return f"{name} and changes" if changed else name or "unknown"
 
 
 def keep(row: Row, folder: Path, note: Path) -> None:

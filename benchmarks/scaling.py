@@ -122,8 +122,7 @@ def child(args) -> None:
 
 def against_size_or_batch(part: str, args, folder: Path) -> list[dict]:
     def start(size, batch):
-        pixels = (size / SIZE) ** 2 * batch / BATCH
-        source = turns.subset(args.data, max(200, batch * max(4, round(20 / pixels))), folder)
+        source = turns.subset(args.data, max(200, 20 * batch), folder)
         return turns.Process("training", "--sizes", size, "--batches", batch, "--data", source)
 
     reference, rows = start(SIZE, BATCH), []

@@ -12,11 +12,29 @@ def unfolded():
 
 
 @patching.named
-def contiguous():
-    """Images in torch's default memory layout, as weights are, instead of channels_last."""
-    import torch
+def images_contiguous():
+    """Images in torch's default memory layout, as trained weights are, instead of channels_last."""
+    from augment import Normalize
 
-    patching.patch(torch, "channels_last", lambda _: torch.contiguous_format)
+    patching.patch(Normalize, "forward", lambda forward: lambda self, images: forward(self, images).contiguous())
+
+
+@patching.named
+def folded_contiguous():
+    """Folded weights in torch's default memory layout instead of channels_last."""
+    import folding
+
+    def folded_so(fold):
+        def fold_contiguous(model, *rest):
+            count = fold(model, *rest)
+            for module in model.modules():
+                if isinstance(folded := vars(module).get("forward"), folding._FoldedConv):
+                    folded.weight = folded.weight.contiguous()
+            return count
+
+        return fold_contiguous
+
+    patching.patch(folding, "fold", folded_so)
 
 
 @patching.named

@@ -7,12 +7,13 @@
 For each model and phase, at 32x32, in images per second:
 
 limit     forward, backward and optimizer step on one batch that lies on the device already, its frozen batch norms
-          folded like ours; the best of contiguous, channels_last or channels_last images alone, of fp32 or bf16, and
-          of eager or (where there is a C++ compiler, and unless --eager) compiled; on a GPU compiling includes CUDA
-          graphs (its mode reduce-overhead)
+          folded like ours. The best of contiguous, channels_last or channels_last images alone in fp32 or bf16, looked
+          at in turns; then, where there is a C++ compiler and unless --eager, the best of each precision (if it is more
+          than half as fast as the other's) against itself compiled, on a GPU with CUDA graphs (mode reduce-overhead)
 ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation and each step's metrics;
-          the epoch's figures and history come after. As its defaults are: images decoded once, before training
-decoding  the same with images decoded anew in each epoch (--data.keep_mb 0)
+          the epoch's figures and history come after. Images decoded once, before training, as local ones are by default
+streamed  the same, streamed as a dataset of the hub is by default, which is kept and decoded in the first epoch
+decoding  the same as ours with images decoded anew in each epoch (--data.keep_mb 0)
 plain     the usual loop: torchvision's transforms on PIL images in a DataLoader with a worker per core, fp32,
           contiguous, model.train() on the whole model, frozen parameters without gradient, .item() in each step
 hf        the loop of Hugging Face's example without Trainer: the same transforms through with_transform, a collate
@@ -38,8 +39,9 @@ from loops import CASES
 import processes
 from errors import told
 
-VARIANTS = ("limit", "ours", "decoding", "plain", "hf")
+VARIANTS = ("limit", "ours", "streamed", "decoding", "plain", "hf")
 PIL = 1000  # images a second that a core opens and transforms, about: fewer rows where that makes turns long
+LOOKS = 3  # at each way of computing a step
 
 
 def limit(case: str, batch_size: int, seconds: float, compiling: bool):
@@ -95,30 +97,36 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
             steps += 4
         return steps * batch_size / (time.perf_counter() - began)
 
-    # Two looks at each, the better of which counts; then whether compiling makes the best one better still. On a GPU
-    # the best of each precision is compiled: as long as Python launches each kernel, bf16 looks slow for having more.
-    ways = list(itertools.product(layouts, sorted({"no", turns.fast_precision()})))
-    looks = {way: max(rate(stepper(*way), seconds / 4) for _ in range(2)) for way in ways}
-    best = max(looks, key=looks.get)
-    eager = step = stepper(*best)
-    how, speed = "eager", looks[best]
+    def in_turns(steps: dict) -> dict:
+        """Each step's rate: the median of some looks, at one after the other."""
+        looks = [{way: rate(step, seconds / 4) for way, step in steps.items()} for _ in range(LOOKS)]
+        return {way: statistics.median(look[way] for look in looks) for way in steps}
+
+    precisions = sorted({"no", turns.fast_precision()})
+    eager = {(layout, precision): stepper(layout, precision) for layout in layouts for precision in precisions}
+    best = best_of_each(in_turns(eager))
+    steps = {(*way, "eager"): eager[way] for way in best}
     if compiling:
-        apart = itertools.groupby(sorted(ways, key=lambda way: way[1]), key=lambda way: way[1])
-        tried = [max(group, key=looks.get) for _, group in apart] if device.type == "cuda" else [best]
-        gains = {}
-        for way in tried:
-            compiled = stepper(*way, compiled=True)
-            pairs = [[rate(one, seconds / 4) for one in (eager, compiled)] for _ in range(3)]
-            gains[way] = statistics.median(second / first for first, second in pairs)
-            if gains[way] > 1 and gains[way] == max(gains.values()):
-                step, best = compiled, way
-        gain = max(gains.values())
-        how = f"compiled ({gain:.2f} x eager)" if gain > 1 else f"eager (compiled {gain:.2f} x)"
-        speed *= max(1, gain)
-    layout, precision = best
-    yield {"what": f"{layout}, {precision.replace('no', 'fp32')}, {how}", "rate": speed}
+        steps |= {(*way, "compiled"): stepper(*way, compiled=True) for way in best}
+    rates = in_turns(steps)
+    layout, precision, how = chosen = max(steps, key=rates.get)
+    if compiling:
+        other = rates[layout, precision, "eager" if how == "compiled" else "compiled"] / rates[chosen]
+        how += f" ({1 / other:.2f} x eager)" if how == "compiled" else f" (compiled {other:.2f} x)"
+    yield {"what": f"{layout}, {precision.replace('no', 'fp32')}, {how}", "rate": rates[chosen]}
     while True:
-        yield rate(step, seconds)
+        yield rate(steps[chosen], seconds)
+
+
+def best_of_each(rates: dict[tuple, float]) -> list[tuple]:
+    """Of ways (layout, precision) the fastest of each precision, without one that is half as fast as another's.
+
+    Not the fastest of all: where Python launches each kernel, bf16 has more to launch, and compiled it may be faster.
+    """
+    best = {}
+    for way in sorted(rates, key=rates.get):
+        best[way[1]] = way
+    return [way for way in best.values() if rates[way] > max(rates.values()) / 2]
 
 
 def wait(device) -> None:
@@ -137,6 +145,9 @@ def child(args) -> None:
                 case, batch_size, args.seconds, compiling=not args.eager and bool(shutil.which("g++"))
             ),
             "ours": lambda: loops.ours(loops.config_of(case, args.data, batch_size, folder)),
+            "streamed": lambda: loops.ours(
+                loops.config_of(case, args.data, batch_size, folder, data={"streaming": True})
+            ),
             "decoding": lambda: loops.ours(loops.config_of(case, args.data, batch_size, folder, data={"keep_mb": 0})),
             "plain": lambda: loops.plain(case, args.data, batch_size),
             "hf": lambda: loops.hf(case, args.data, batch_size),
@@ -166,6 +177,8 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
     for process in measured:
         process.end()
         rates = process.values
+        of_limit, of_limit_spread = turns.ratio(process, first)
+        ours_to_this, ours_to_this_spread = turns.ratio(measured[1], process)
         results.append(
             {
                 "model": model,
@@ -176,8 +189,11 @@ def measure(case: str, batch_size: int, args, folder: Path) -> list[dict]:
                 "what": process.ready["what"],
                 "images_per_second": round(statistics.median(rates), 1),
                 "spread": [round(min(rates), 1), round(max(rates), 1)],
-                "of_limit": round(turns.ratio(process, first), 3),
-                "ours_to_this": round(turns.ratio(measured[1], process), 2),
+                "rates": [round(rate, 1) for rate in rates],
+                "of_limit": of_limit,
+                "of_limit_spread": of_limit_spread,
+                "ours_to_this": ours_to_this,
+                "ours_to_this_spread": ours_to_this_spread,
             }
         )
     return results
@@ -238,10 +254,11 @@ def main() -> None:
             for row in measure(case, batch_size, args, Path(folder)):
                 rows.append(row)
                 spread = f"({row['spread'][0]:.0f} to {row['spread'][1]:.0f})"
+                low, high = row["ours_to_this_spread"]
                 print(
                     f"{row['model']:11s}{row['phase']:9s}{batch_size:4d}  {row['variant']:9s}"
                     f"{row['images_per_second']:10.0f}  {spread:16s}{row['of_limit']:8.2f}  "
-                    f"{row['ours_to_this']:6.2f} x  {row['what']}",
+                    f"{row['ours_to_this']:6.2f} x ({low:.2f} to {high:.2f})  {row['what']}",
                     flush=True,
                 )
             turns.save(args.output, said, rows)

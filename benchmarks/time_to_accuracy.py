@@ -148,7 +148,7 @@ def main() -> None:
         "--epochs", type=turns.positive, default=EPOCHS, help=f"of each of the usual loop's phases [{EPOCHS}]"
     )
     parser.add_argument("--most", type=turns.positive, default=50, help="epochs after which train.py gives up [50]")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of both [0]")
     turns.add_options(parser, "time_to_accuracy")
     parser.add_argument("--measure", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--runs", help=argparse.SUPPRESS)
@@ -165,7 +165,7 @@ def main() -> None:
         rows = run(args, said)
     judged = judge(rows)
     turns.tell(judged)
-    turns.save(args.output, said | judged, rows)
+    turns.save(args.output, said, [*rows, judged])
     plot(rows, judged, said["device"], args.output.with_suffix(".png"))
 
 

@@ -6,10 +6,12 @@ ready and then does one piece of work whenever it is asked, an epoch for example
 
 import argparse
 import atexit
+import datetime
 import functools
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import statistics
@@ -151,9 +153,13 @@ def alternate(processes: list[Process], rounds: int) -> None:
                 process.values.clear()
 
 
-def ratio(process: Process, other: Process) -> float:
-    """The median of the rounds' own ratios: a machine that was slow for one was slow for the other."""
-    return statistics.median(one / two for one, two in zip(process.values, other.values, strict=True))
+def ratio(process: Process, other: Process) -> tuple[float, list[float]]:
+    """The median of the rounds' own ratios, and the lowest and the highest.
+
+    A machine that was slow for one was slow for the other.
+    """
+    ratios = [one / two for one, two in zip(process.values, other.values, strict=True)]
+    return round(statistics.median(ratios), 3), [round(min(ratios), 3), round(max(ratios), 3)]
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -239,6 +245,26 @@ def launched(processes: int, *arguments) -> list[str]:
 
 
 def conditions() -> dict:
+    """Commit, day, command, machine and versions, and the precision of what is fast."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # no machine's paths
+    made = {"commit": commit(), "date": str(datetime.date.today())}
+    made["command"] = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    return made | machine() | {"precision": fast_precision().replace("no", "fp32")}
+
+
+def commit() -> str:
+    """The commit of the working tree, marked if anything has changed since that a figure is made by."""
+    makes = ("*.py", "recipes", "accelerate_config.yaml", "requirements.txt")
+    try:
+        git = ["git", "-C", str(ROOT)]
+        name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *makes], capture_output=True).stdout
+    except OSError:
+        return "unknown"
+    return f"{name} and changes" if changed else name or "unknown"
+
+
+def machine() -> dict:
     """Machine, threads and versions."""
     from importlib.metadata import version
 
@@ -255,7 +281,7 @@ def conditions() -> dict:
         "python": platform.python_version(),
         **{name: version(name) for name in names},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "precision": fast_precision().replace("no", "fp32"),
+        **({"cuda": torch.version.cuda} if torch.cuda.is_available() else {}),
     }
 
 
@@ -272,7 +298,9 @@ def tell(said: dict) -> None:
 
 
 def save(path: Path, said: dict, rows: list[dict]) -> None:
-    path.with_suffix(".json").write_text(json.dumps({"conditions": said, "rows": rows}, indent=1) + "\n")
+    """Write a list of rows as JSON. Each says its own conditions, so that rows of several runs can be put together."""
+    lines = ",\n".join(json.dumps(row | {"conditions": said}) for row in rows)
+    path.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
 
 
 def subset(source: str, rows: int, folder: Path) -> Path:

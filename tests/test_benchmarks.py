@@ -12,6 +12,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import throughput
 import time_to_accuracy
 import turns
 
@@ -61,7 +62,24 @@ def test_a_ratio_is_the_median_of_the_rounds_own(monkeypatch):
     """Both were slow in the second round: that says nothing about either."""
     one, two = turns.Process.__new__(turns.Process), turns.Process.__new__(turns.Process)
     one.values, two.values = [20, 2, 22], [10, 1, 11]
-    assert turns.ratio(one, two) == 2
+    assert turns.ratio(one, two) == (2, [2, 2])
+    two.values = [10, 2, 11]
+    assert turns.ratio(one, two) == (2, [1, 2])
+
+
+def test_the_limit_compiles_the_best_of_each_precision_unless_it_is_hopeless():
+    rates = {("contiguous", "bf16"): 10, ("channels_last", "bf16"): 12, ("contiguous", "no"): 7, ("x", "no"): 6}
+    assert set(throughput.best_of_each(rates)) == {("channels_last", "bf16"), ("contiguous", "no")}
+    assert throughput.best_of_each(rates | {("contiguous", "no"): 5, ("x", "no"): 4}) == [("channels_last", "bf16")]
+
+
+def test_rows_say_their_conditions_and_no_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/throughput.py", "--data", "/home/me/cifar100", "--rounds", "3"])
+    said = turns.conditions()
+    assert said["command"] == "python benchmarks/throughput.py --data cifar100 --rounds 3"
+    assert {"commit", "date", "device", "machine", "threads", "torch", "precision"} <= set(said)
+    turns.save(tmp_path / "out", said, [{"rate": 1}, {"rate": 2}])
+    assert json.loads((tmp_path / "out.json").read_text()) == [{"rate": n, "conditions": said} for n in (1, 2)]
 
 
 def test_a_stop_is_no_time(tmp_path):
@@ -92,8 +110,8 @@ def test_throughput_writes_a_row_for_each_variant(command, tmp_path):
         "--seconds", "0.1", "--output", str(tmp_path / "out"), timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["variant"] for row in rows] == ["limit", "ours", "decoding", "plain", "hf"]
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["variant"] for row in rows] == ["limit", "ours", "streamed", "decoding", "plain", "hf"]
     wanted = {"model", "phase", "batch_size", "device", "variant", "images_per_second", "spread"}
     for row in rows:
         assert wanted <= set(row)
@@ -109,7 +127,7 @@ def test_scaling_writes_rows(command, tmp_path, part):
         "--output", str(tmp_path / "out"), timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "out.json").read_text())
     assert row["part"] == part
     assert part == "start" or (row["relative_rate"] > 0 and row["images_per_second"] > 0 and row["peak_mib"] > 0)
 
@@ -126,7 +144,7 @@ def test_what_scaling_out_rests_on_writes_rows(command, tmp_path, script, option
     more = ("--rounds", "1") if script == "reading.py" else ()
     result = command(f"benchmarks/{script}", *options, *more, "--output", str(tmp_path / "out"), timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    written = json.loads((tmp_path / "out.json").read_text())["rows"]
+    written = json.loads((tmp_path / "out.json").read_text())
     assert len(written) == rows
     for row in written:
         if script == "reading.py":
@@ -143,5 +161,5 @@ def test_levers_writes_rows(command, tmp_path):
         "--rounds", "1", "--seconds", "0.1", "--output", str(tmp_path / "out"), timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "out.json").read_text())
     assert row["ratio"] > 0
