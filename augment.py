@@ -5,12 +5,14 @@ set the validation transform on a dataset object that both splits shared, and so
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from errors import USAGE, UserError
 from metrics import IGNORED
 
 
@@ -291,6 +293,17 @@ def cutmix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 MIX = {"none": None, "mixup": mixup, "cutmix": cutmix}  # by augment.mix
+
+
+def mixing(name: str, micro_batch_size: int) -> Callable | None:
+    """What `augment.mix` names; UserError if there is no other image to mix one with."""
+    if name != "none" and micro_batch_size == 1:
+        raise UserError(
+            f"augment.mix {name}: with 1 image per forward pass (data.batch_size, data.micro_batch_size, processes) "
+            "there is no other to mix it with",
+            USAGE,
+        )
+    return MIX[name]
 
 
 def mixed(images: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -198,6 +198,11 @@ def _fault(folder: Path) -> str | None:
     return next((f"{name} is not what manifest.json says" for name in changed), None)
 
 
+def exists(run: Path) -> bool:
+    """Whether a run can be gone on with from a checkpoint."""
+    return any((run / "checkpoints").glob("[0-9]*"))
+
+
 def _to_disk(path: Path) -> None:
     """Flush a file or, where the system can, a folder's entries."""
     if path.is_dir() and os.name == "nt":
@@ -237,6 +242,7 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     states = path / f"random_states_{accelerator.process_index}.pkl"
     try:
         accelerator.load_state(str(path))
+        accelerator.step = 0  # of its own count of pieces, which may be others now: a checkpoint lies between steps
         restored = states.is_file() and _random_states_are(load_safely(states))
     except UnpicklingError as error:  # Accelerate loads with weights_only
         raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error

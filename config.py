@@ -121,8 +121,8 @@ class DataConfig(_Section):
     )
     micro_batch_size: MicroBatchSize = Field(
         None,
-        description="images per forward pass of one process, fewer than its share of the batch: accumulate; auto: the "
-        "largest that fits the device's memory, found before training (default: the whole share)",
+        description="images per forward pass of one process, fewer than its share of the batch: accumulate; auto: "
+        "halved, before training, until it fits the device's memory (default: the whole share)",
     )
     workers: int | None = Field(
         None,

@@ -106,6 +106,10 @@ class Collate:
                     f"data.label: column '{self.label}' holds {label} in split '{self.split}', which is none of the "
                     f"{self.classes} classes"
                 )
+        images = [row[self.image] for row in rows]
+        decoded = all(isinstance(image, np.ndarray) and image.shape[:2] == self.size for image in images)
+        if decoded and not self._must_fit():  # as they should be, and to be spared the way through Pillow
+            return {"image": _batch(images), "label": torch.tensor(labels)}
         images = [self._decode(row) for row in rows]
         if None in images:
             # Batches stay full and equally large on all processes: black fills the place, and no loss counts it.
@@ -122,11 +126,7 @@ class Collate:
         if self.image_size and (odd or self._must_fit()):
             square = (self.image_size, self.image_size)
             images = [ImageOps.fit(image, square, PILImage.Resampling.BILINEAR) for image in images]
-        pixels = np.stack([np.asarray(image) for image in images])
-        return {
-            "image": torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-            "label": torch.tensor(labels),
-        }
+        return {"image": _batch([np.asarray(image) for image in images]), "label": torch.tensor(labels)}
 
     def _decode(self, row: dict) -> PILImage.Image | None:
         if isinstance(row[self.image], np.ndarray):  # it is kept so
@@ -146,3 +146,8 @@ class Collate:
     def _must_fit(self) -> bool:
         height, width = self.size
         return bool(self.image_size) and (max(height, width) > self.image_size or height != width)
+
+
+def _batch(images: list[np.ndarray]) -> torch.Tensor:
+    """Pictures (H, W, 3), all of one size, as one uint8 tensor (B, 3, H, W)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -49,7 +49,7 @@ def train_epoch(
         model, loader, optimizer: prepared by `accelerator`, whose `gradient_accumulation_steps` is the pieces' number.
         transform: uint8 (B, 3, H, W) to float32, augmented and normalised.
         clip_norm: limit of the gradients' global L2 norm.
-        mix: one of augment.MIX; mixes a piece's images.
+        mix: what augment.mixing gives; mixes a piece's images.
     """
     train_mode(model)
     bad = unapplied = torch.zeros((), device=accelerator.device)

@@ -11,6 +11,7 @@ from accelerate.utils import find_executable_batch_size
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+import checkpoint
 import models
 from config import Config
 from engine import train_mode
@@ -20,25 +21,33 @@ from processes import agreed
 
 
 @contextlib.contextmanager
-def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None):
+def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path):
     """Turn the libraries' errors for such faults into a `UserError` that says the way on; let all others pass.
 
     Args:
-        run: a folder without which there is no way on. A process that ended with an error of its own may have taken it
-            away, and the others know no more than that it is gone.
+        way_on: how a run is gone on with that has a checkpoint; one that has none is to be started again.
+        run: its folder. A process that ended with an error of its own may have taken it away, and the others know no
+            more than that it is gone.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # each library has its own type, or none: most are a RuntimeError with a text
-        text = str(error)
+        text, begun = str(error), checkpoint.exists(run)
+        way_on = way_on if begun else "start again"
         if out_of_memory(error):
             device = accelerator.device.type
             raise UserError(
                 f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
-                f"smaller --data.micro_batch_size (or auto; the batch size stays), --mixed_precision bf16"
-                f"{', --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda')}; {way_on}"
+                f"smaller --data.micro_batch_size (the batch size stays)"
+                f"{', or auto for it; --mixed_precision bf16' * (not begun)}"
+                f"{'; --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda')}; {way_on}"
+            ) from error
+        if ONE_VALUE in text:
+            raise UserError(
+                "batch norm needs more than one image where a map is one pixel: --data.micro_batch_size 2 or more, or "
+                f"larger images; {way_on}"
             ) from error
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL):
             raise UserError(
@@ -50,11 +59,12 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path
                 f"{way_on}"
             ) from error
         if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
-            ways = way_on if run is None or run.exists() else "what it said itself is the reason"
+            ways = way_on if run.exists() else "what it said itself is the reason"
             raise UserError(f"another process of this run is gone ({first_line(error)}); {ways}") from error
         raise
 
 
+ONE_VALUE = "Expected more than 1 value per channel when training"
 FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")  # torch's writer gives no reason
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket", "NCCL")
 
@@ -67,7 +77,7 @@ def out_of_memory(error: Exception) -> bool:
 def fitting_micro_batch(
     accelerator: Accelerator, config: Config, model: nn.Module, transform: nn.Module, size: tuple[int, int], share: int
 ) -> int:
-    """The largest micro-batch, from a process's share of the batch downwards, whose step fits in every phase.
+    """A micro-batch whose step fits in every phase: a process's share of the batch, or what halving it comes to.
 
     Tried on a copy of the model, which is thrown away with everything that was drawn and computed. The processes don't
     talk to each other within a try, and agree after it.

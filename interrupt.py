@@ -30,7 +30,8 @@ class Interrupt:
     def __init__(self, accelerator: Accelerator, way_on: str):
         self.accelerator, self.way_on = accelerator, way_on
         self.number, self.noted, self.checks = 0, 0.0, 0
-        launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        # Variables that nobody sets by hand, as ACCELERATE_MIXED_PRECISION is.
+        launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         self.launcher = os.getppid() if launched else None
 
     def __enter__(self):

@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     is_bf16_available,
@@ -18,7 +19,10 @@ from accelerate.utils import (
 
 from config import Config, Environment
 from errors import USAGE, Interrupted, UserError
+from folding import PRECISIONS
 from processes import cores_per_process
+
+SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
 def make_accelerator(config: Config, precision: str | None = None) -> Accelerator:
@@ -45,6 +49,14 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     if world != accelerator.num_processes:
         raise UserError(
             f"{world} processes were launched, but each of them believes to be alone. {_several(world)}", USAGE
+        )
+    unknown = [accelerator.distributed_type.value] if accelerator.distributed_type in SHARDING else []
+    unknown += [accelerator.mixed_precision] if accelerator.mixed_precision not in PRECISIONS else []
+    if unknown:
+        raise UserError(
+            f"{' and '.join(unknown)}: this loop trains whole models, in fp32, bf16 or fp16. If accelerate's settings "
+            "on this machine says so: accelerate launch --config_file accelerate_config.yaml train.py",
+            USAGE,
         )
     kind = accelerator.device.type
     if kind == "cpu" and accelerator.mixed_precision == "fp16":

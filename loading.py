@@ -76,7 +76,9 @@ def keep_decoded(
         for name, rows in splits.items():
             images = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
             labels = torch.empty(len(rows), dtype=torch.int64)
-            workers = _workers(config) if len(rows) > FEW else 0
+            workers = 0
+            if len(rows) > FEW:  # nothing trains meanwhile, so that a core need not be left
+                workers = default_workers(most=16, spared=0) if config.workers is None else config.workers
             begin = 0
             # The generator keeps the workers' seeds from being drawn from the one that training draws from.
             for batch in watch(
@@ -185,18 +187,21 @@ def pass_over(accelerator: Accelerator, prepared_loader, steps: int):
     return accelerator.skip_first_batches(prepared_loader, steps) if steps else prepared_loader
 
 
-def images_in(prepared_loader, global_batch: int) -> int | None:
-    """Images that a prepared training loader gives in one epoch, all processes together; None if not known yet."""
+def images_in(prepared_loader, global_batch: int, source: Data) -> int | None:
+    """Images that a prepared training loader gives in one epoch, all processes together.
+
+    Of a stream that has not ended once it is about what the dataset's description says; None if that says nothing.
+    """
     try:
         return len(prepared_loader) * global_batch
     except TypeError:
-        return None
+        return source.train.stream.expected
 
 
 def _workers(config: DataConfig) -> int:
     return default_workers() if config.workers is None else config.workers
 
 
-def default_workers(most: int = 4) -> int:
-    """Cores of this machine less one for the training itself, shared by its processes; 1 to `most`."""
-    return min(most, max(1, cores_per_process() - 1))
+def default_workers(most: int = 4, spared: int = 1) -> int:
+    """Cores of this machine less one for the training itself (`spared`), shared by its processes; 1 to `most`."""
+    return min(most, max(1, cores_per_process() - spared))

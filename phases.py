@@ -5,6 +5,7 @@ import uuid
 import warnings
 from dataclasses import asdict, dataclass, field
 
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -26,7 +27,11 @@ def make_optimizer(phase: PhaseConfig, model: nn.Module) -> Optimizer:
     # Fused optimizers can be told on the device to leave a step out (engine.py: a loss that is not finite).
     options = {"lr": phase.lr, "weight_decay": phase.weight_decay, "fused": True}
     if phase.optimizer == "sgd":
-        return SGD(training, momentum=phase.momentum, **options)
+        optimizer = SGD(training, momentum=phase.momentum, **options)
+        if phase.momentum:  # torch would begin it with memory as it is if the first step is left out
+            for parameter in training:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return {"adam": Adam, "adamw": AdamW}[phase.optimizer](training, **options)
 
 
@@ -88,6 +93,7 @@ class RunState:
     stopped: bool = False  # early
     epoch: int = 0  # epochs finished in all
     epoch_step: int = 0  # optimizer steps in the epoch that has begun: the position in the data
+    epoch_seconds: float = 0.0  # that it has taken up to its last step
     step: int = 0  # optimizer steps in all
     best_top1: float | None = None  # over the whole run, like the weights in best/
     best_epoch: int | None = None
@@ -96,7 +102,9 @@ class RunState:
     early_stopping: dict = field(default_factory=dict)
     tracker_id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)  # W&B's name for the run
 
-    def end_step(self) -> None:
+    def end_step(self, seconds: float) -> None:
+        """Take in an optimizer step; `seconds` are the epoch's so far."""
+        self.epoch_seconds = seconds
         self.epoch_step += 1
         self.step += 1
 
@@ -107,7 +115,7 @@ class RunState:
         """
         self.epoch += 1
         self.phase_epoch += 1
-        self.epoch_step = 0
+        self.epoch_step, self.epoch_seconds = 0, 0.0
         self.minutes += seconds / 60
         self.stopped = stopping.step(top1)
         self.schedule, self.early_stopping = schedule.state_dict(), asdict(stopping)

@@ -16,7 +16,7 @@ import launch
 import sharing
 from checkpoint import write_whole
 from config import Config
-from errors import USAGE, UserError
+from errors import USAGE, Interrupted, UserError
 from processes import on_main, together
 from recipe import check, read_yaml
 
@@ -42,7 +42,8 @@ FREE = (
 def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Iterator[Path]:
     """The run's folder, with its config.yaml, locked for as long as the context lasts or its owner lives.
 
-    A new folder that an error leaves without an epoch and a checkpoint is removed again. Every process calls this.
+    A new folder that an error, other than a signal, leaves without an epoch and a checkpoint is removed again. Every
+    process calls this.
 
     Raises:
         UserError: the folder of a new run exists, or can't be made or seen; or another process has it.
@@ -60,12 +61,15 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
             raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
     try:
         yield run
+    except Interrupted:  # to go on with, even if it has not come to a checkpoint
+        raise
     except BaseException:
         worth_keeping = (run / "history.jsonl", *run.glob("checkpoints/[0-9]*"))
         if accelerator.is_main_process and not resume and not any(_size(path) for path in worth_keeping):
             shutil.rmtree(run, ignore_errors=True)
             if folder_made:
-                run.parent.rmdir()
+                with contextlib.suppress(OSError):  # another run has begun in it meanwhile
+                    run.parent.rmdir()
         raise
     finally:
         lock.release()

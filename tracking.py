@@ -3,18 +3,20 @@
 import contextlib
 import dataclasses
 import json
+import math
 import netrc
 import os
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import urlparse
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from checkpoint import write_whole
+import checkpoint
 from config import Config
 from engine import Step
 from errors import UserError, first_line
@@ -55,8 +57,9 @@ class Tracking:
                     )
                 if len(lines) < state.epoch:
                     raise UserError(f"{self.history} holds {len(lines)} epochs, but {state.epoch} were finished")
-                write_whole(self.history, "".join(f"{line}\n" for line in lines[: state.epoch]))
+                checkpoint.write_whole(self.history, "".join(f"{line}\n" for line in lines[: state.epoch]))
         self.last: tuple[Step, str, int] | None = None  # the newest step, its epoch's title, its number there
+        self.batch_size = config.data.batch_size
         self.tracker_works = config.tracking == "wandb"
         if self.tracker_works:
             _start_wandb(accelerator, config, run, state.tracker_id)
@@ -83,10 +86,11 @@ class Tracking:
             UserError: the loss is no longer finite.
         """
         hidden = None if self.accelerator.is_main_process else True  # None: hidden unless on a terminal
-        with tqdm(total=images, desc=title, unit=" images", leave=False, disable=hidden) as bar:
+        before = made * self.batch_size
+        with tqdm(total=images, initial=before, desc=title, unit=" images", leave=False, disable=hidden) as bar:
             for number, step in enumerate(steps, start=made + 1):
                 self.last = (step, title, number)
-                bar.update(step.images if number > made + 1 else step.images * number)
+                bar.update(step.images)
                 if number % READ_EVERY == 1:
                     self.check_finite()
                     memory = {key: f"{value:,}" for key, value in peak_memory(self.accelerator).items()}
@@ -100,17 +104,23 @@ class Tracking:
             return
         step, title, number = self.last
         if unapplied := int(step.unapplied.item()):
-            ways = "start again with --clip_norm 1 or a lower lr"
-            if any(self.history.parent.glob("checkpoints/[0-9]*")):
-                ways = (
-                    f"--resume {self.history.parent} --clip_norm 1, or with a lower lr for this phase if no checkpoint "
-                    "was written in it; or a new run"
-                )
-            raise UserError(
-                f"the loss is not finite in {title}, step {number - unapplied + 1}: no update was applied from there. "
-                f"Ways on: {ways}",
-                shared=True,
+            self._diverged(
+                f"the loss is not finite in {title}, step {number - unapplied + 1}: no update was applied from there"
             )
+
+    def check_validated(self, loss: float) -> None:
+        """UserError if this epoch's validation loss is not finite: its last update was one too many."""
+        if not math.isfinite(loss):
+            self._diverged(f"the validation loss is not finite after {self.last[1]}, which is not kept")
+
+    def _diverged(self, what: str) -> NoReturn:
+        ways = "start again with --clip_norm 1 or a lower lr"
+        if checkpoint.exists(self.history.parent):
+            ways = (
+                f"--resume {self.history.parent} --clip_norm 1, or with a lower lr for this phase if no checkpoint was "
+                "written in it; or a new run"
+            )
+        raise UserError(f"{what}. Ways on: {ways}", shared=True)
 
     def epoch(self, row: dict, best: bool, total: int) -> None:
         """Record one finished epoch (a row of history.jsonl) and print its line.
@@ -143,7 +153,7 @@ class Tracking:
     def finish(self, summary: dict) -> None:
         """Write summary.json and hand it to the tracker."""
         if self.accelerator.is_main_process:
-            write_whole(self.history.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
+            checkpoint.write_whole(self.history.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
         figures = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
         self._tell_tracker(lambda: self.accelerator.log(figures))
 

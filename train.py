@@ -92,11 +92,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
             models.freeze_all_but(model, phase.modules)  # a misspelt module is told now, not after the first phase
         set_seed(config.seed, device_specific=True)
         augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
-        mix = augment.MIX[config.augment.mix]
         if config.data.micro_batch_size == "auto":
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, augmentation, size, share)
             config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
+        mix = augment.mixing(config.augment.mix, micro_batch_size)
         if config.cuda_graphs and accelerator.device.type == "cuda":
             augmentation = graphs.Replayed(augmentation)
         launch.keep_memory(accelerator.device)
@@ -161,7 +161,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 began, lr, images = time.perf_counter(), optimizer.param_groups[0]["lr"], 0
                 train_loader.set_epoch(state.epoch)
                 # Resumed in mid-epoch, pass over what has been trained on, which draws no random numbers.
-                passed = state.epoch_step
+                passed, spent = state.epoch_step, state.epoch_seconds
                 rest = loading.pass_over(accelerator, train_loader, passed)
                 steps = train_epoch(
                     accelerator, model, rest, augmentation, optimizer, metrics, micro_batch_size, config.clip_norm, mix
@@ -170,11 +170,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     steps = profiling.traced(steps, profile, run / "profile" / f"{name}.json.gz")
                     profile = None
                 title = f"phase {name}, epoch {state.epoch + 1}"
-                total = loading.images_in(train_loader, config.data.batch_size)
+                total = loading.images_in(train_loader, config.data.batch_size, source)
                 try:
                     for step in tracking.watch(steps, title, total, state.epoch_step):
                         images += step.images
-                        state.end_step()
+                        state.end_step(spent + time.perf_counter() - began)
                         if checkpoints.due(state):
                             tracking.check_finite()
                             checkpoints.save(state, metrics)
@@ -185,6 +185,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     if val_loader is not None:
                         val_batches = interrupt.watch(val_loader)
                         validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
+                        tracking.check_validated(validated["loss"])
                 except Interrupted:
                     tracking.check_finite()
                     checkpoints.save(state, metrics)
@@ -194,7 +195,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 # From here on every process has the same figures, and so takes the same decisions.
                 trained = metrics.compute(gather_object)
                 schedule.step(validated["top1"])
-                best = state.end_epoch(validated["top1"], ended - began, schedule, stopping)
+                seconds = spent + ended - began
+                best = state.end_epoch(validated["top1"], seconds, schedule, stopping)
                 row = {
                     "phase": name,
                     "epoch": state.epoch,
@@ -204,7 +206,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 }
                 row |= {f"train_{key}": value for key, value in trained.items()}
                 row |= {f"val_{key}": value for key, value in validated.items()}
-                row |= {"seconds": ended - began, "images_per_second": images / (training_ended - began)}
+                row |= {"seconds": seconds, "images_per_second": images / (training_ended - began)}
                 epochs_left = 0 if state.stopped else phase.epochs - state.phase_epoch
                 row["seconds_left"] = epochs_left * (whole_epoch + ended - training_ended)
                 row |= launch.peak_memory(accelerator)

@@ -7,6 +7,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import augment
 import corruptions
+from errors import UserError
 from metrics import IGNORED
 from recipe import check
 
@@ -353,3 +354,11 @@ def test_what_can_not_be_decoded_is_mixed_with_nothing(name, images):
 def test_one_image_has_no_partner_but_itself(images):
     out, others, _ = augment.cutmix(images[:1].float(), torch.tensor([7]))
     assert out.equal(images[:1].float()) and others.tolist() == [7]
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_one_image_has_no_other_to_be_mixed_with(name):
+    assert augment.mixing("none", 1) is None
+    assert augment.mixing(name, 2) is augment.MIX[name]
+    with pytest.raises(UserError, match=f"augment.mix {name}: with 1 image per forward pass"):
+        augment.mixing(name, 1)

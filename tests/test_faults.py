@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import error_of, kill_a_child, phase, wait_until
 from test_launch import TORCHRUN, TWO_PROCESSES
 
@@ -96,6 +97,25 @@ def test_memory_that_runs_out_is_told_with_the_ways_on(command, tmp_path):
     for way_on in ("--data.micro_batch_size", "auto", "--mixed_precision bf16"):
         assert way_on in told
     assert not (tmp_path / "run").exists(), "nothing was trained, so nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("begun", "said", "not_said"),
+    [(True, "smaller --data.micro_batch_size.*; go on", "bf16|auto"), (False, "auto.*bf16.*; start again$", "go on")],
+)
+def test_ways_on_from_memory_that_ran_out_are_such_as_lead_on(tmp_path, begun, said, not_said):
+    """A run that has begun can't change its precision, and `auto` is settled; one that has not is gone."""
+    if begun:
+        (tmp_path / "checkpoints" / "00001-00000009").mkdir(parents=True)
+    with pytest.raises(UserError, match=said) as caught, faults.told("go on", Accelerator(cpu=True), 64, tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert not re.search(not_said, str(caught.value))
+
+
+def test_batch_norm_of_one_value_is_told(tmp_path):
+    said = "--data.micro_batch_size 2 or more, or larger images; start again"
+    with pytest.raises(UserError, match=said), faults.told("go on", Accelerator(cpu=True), 1, tmp_path):
+        torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
 
 
 @linux

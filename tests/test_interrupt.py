@@ -1,13 +1,18 @@
 """Signals as they come in real life: to the process, to its group, to the launcher alone, to one of several."""
 
+import contextlib
 import json
 import os
 import signal
 import sys
 
 import pytest
+from accelerate import Accelerator
 from conftest import error_of
 from test_launch import TORCHRUN, TWO_PROCESSES
+
+from errors import Interrupted
+from interrupt import Interrupt
 
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml")
 PYTHON = (sys.executable,)
@@ -63,6 +68,21 @@ def test_the_launcher_alone_is_ended(long_run):
     told = error_of(process)  # until the training has closed its stderr, too
     assert f"stopped by SIGTERM; go on with: accelerate launch train.py --resume {run}" in told
     assert_saved(run)
+
+
+@pytest.mark.parametrize(
+    ("variable", "ends"), [("ACCELERATE_MIXED_PRECISION", False), ("ACCELERATE_DYNAMO_BACKEND", True)]
+)
+def test_a_parent_that_is_gone_counts_if_it_was_a_launcher(monkeypatch, variable, ends):
+    """Who exported a precision may have closed that shell, as after nohup."""
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "no")
+    with Interrupt(Accelerator(cpu=True), "go on") as interrupt:
+        interrupt.check()
+        monkeypatch.setattr("interrupt.os.getppid", lambda: 1)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM; go on") if ends else contextlib.nullcontext():
+            interrupt.check()
 
 
 def test_several_processes_stop_at_the_same_step(long_run):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from conftest import ROOT
 from images import encode, noise, parquet_of
 
@@ -70,6 +70,23 @@ def test_two_jobs_that_believe_to_be_alone_are_refused(make_config, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         UserError, match=r"2 processes were launched, but each of them believes to be alone.*--num_processes 2 train.py"
+    ):
+        launch.make_accelerator(make_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("distributed_type", DistributedType.FSDP),
+        ("distributed_type", DistributedType.DEEPSPEED),
+        ("mixed_precision", "fp8"),
+    ],
+)
+def test_what_the_loop_does_not_know_is_refused(make_config, monkeypatch, name, value):
+    """As it may come from a configuration that was made for another program."""
+    monkeypatch.setattr(Accelerator, name, property(lambda _: value))
+    with pytest.raises(
+        UserError, match=rf"{getattr(value, 'value', value)}: this loop .* --config_file accelerate_con"
     ):
         launch.make_accelerator(make_config())
 

@@ -28,6 +28,23 @@ def rates(sequence, **values):
     return [*seen, optimizer.param_groups[0]["lr"]]
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_first_step_that_is_left_out_leaves_nothing_behind(optimizer):
+    """As fp16's gradient scaler does it, whose first scale is mostly too large."""
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(2, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, left_out in zip(models, (1.0, 0.0), strict=True):
+        made = make_optimizer(phase(optimizer=optimizer, lr=0.1), model)
+        for found_inf in (left_out, 0.0, 0.0)[not left_out :]:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, torch.nan if found_inf else 0.5)
+            made.found_inf = torch.tensor(found_inf)
+            made.step()
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_cosine_falls_from_one_to_zero():
     factors = [cosine(epoch, 10) for epoch in range(11)]
     assert factors[0] == 1

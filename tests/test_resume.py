@@ -228,6 +228,73 @@ def test_a_phase_that_diverges_goes_on_from_the_one_before_at_a_lower_rate(make_
     assert_same(run, whole)
 
 
+def test_other_pieces_after_an_odd_step_are_pieces_of_one_batch_still(make_config, monkeypatch):
+    """Accelerate counts pieces over the whole run, and would step in the middle of each batch from there on."""
+    config = make_config({"only": phase(epochs=1, lr=1e-2)})
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=3)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    forget_accelerate()
+    real, pending = train.train_epoch, []
+
+    def train_epoch(accelerator, model, *rest):
+        for step in real(accelerator, model, *rest):
+            pending.extend(parameter for parameter in model.parameters() if parameter.grad is not None)
+            yield step
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    data = dataclasses.replace(config.data, micro_batch_size=config.data.batch_size // 2)
+    run = train.train(dataclasses.replace(config, data=data), resume=Path(config.output_dir) / "run")
+    assert not pending, "gradients that no step has taken"
+    assert untimed(run)[-1]["step"] == STEPS
+
+
+def test_time_before_a_stop_counts(make_config, monkeypatch):
+    config = make_config({"only": phase(epochs=1, lr=1e-2)})
+    with monkeypatch.context() as patch:
+        stop_at(patch, signal.SIGTERM, step=3)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    run = Path(config.output_dir) / "run"
+    (saved,) = checkpoint._folders(run)
+    state = json.loads((saved / "state.json").read_text())["state"]
+    assert state["epoch_seconds"] > 0
+    forget_accelerate()
+    train.train(config, resume=run)
+    row = json.loads((run / "history.jsonl").read_text())
+    assert row["seconds"] > state["epoch_seconds"]
+    assert json.loads((run / "summary.json").read_text())["minutes"] == row["seconds"] / 60
+
+
+def test_a_run_that_was_stopped_before_its_first_step_is_gone_on_with(make_config, monkeypatch):
+    def stopped(*_):
+        raise Interrupted("stopped", 143)
+
+    config = make_config({"only": phase(epochs=1, lr=1e-2)})
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loading, "keep_decoded", stopped)
+        with pytest.raises(Interrupted):
+            train.train(config)
+    forget_accelerate()
+    run = train.train(config, resume=Path(config.output_dir) / "run")
+    assert len(untimed(run)) == 1
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_with_nothing_kept_of_it(make_config, monkeypatch):
+    config, real, losses = make_config({"only": phase(epochs=3, lr=1e-2)}), train.validate, [2.0, float("nan")]
+
+    def validate(*args):
+        return real(*args) | {"loss": losses.pop(0)}
+
+    monkeypatch.setattr(train, "validate", validate)
+    with pytest.raises(UserError, match=r"validation loss is not finite after phase only, epoch 2, .*--clip_norm 1"):
+        train.train(config)
+    run = Path(config.output_dir) / "run"
+    assert [row["epoch"] for row in untimed(run)] == [1]
+    assert [folder.name.split("-")[0] for folder in checkpoint._folders(run)] == ["00001"]
+
+
 def test_a_finished_run_is_not_resumed(make_config):
     run = train.train(make_config({"only": phase()}))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}

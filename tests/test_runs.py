@@ -43,6 +43,14 @@ def test_the_folder_has_its_configuration_and_is_removed_if_nothing_came_of_it(m
     assert (run / "history.jsonl").exists()
 
 
+def test_two_runs_in_a_new_folder_of_which_one_comes_to_nothing(make_config, tmp_path):
+    config = dataclasses.replace(make_config(), output_dir=str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="nothing came"), runs.opened(Accelerator(cpu=True), config, None) as run:
+        run.with_name("other").mkdir()
+        raise UserError("nothing came of it")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["other"]
+
+
 def test_a_second_run_of_one_name_is_refused_before_it_touches_anything(make_config, made):
     before = {path: path.stat().st_mtime_ns for path in made.parent.rglob("*")}
     with pytest.raises(UserError, match=f"{made} exists: go on with --resume {made}"):

@@ -112,6 +112,19 @@ def test_what_is_kept_is_decoded_as_far_as_it_fits(monkeypatch, capsys):
     assert collate(encoded)["image"].equal(collate(pixels)["image"])
 
 
+def test_what_the_dataset_says_of_its_rows_is_about_an_epochs_length():
+    assert stream_of().expected is None
+    said = datasets.SplitInfo("train", num_examples=2000)
+    rows = datasets.IterableDataset.from_generator(count, gen_kwargs={"shards": [range(2000)]}, split="train")
+    rows.info.splits = datasets.SplitDict({"train": said})
+    for folds, expected in ((5, 1600), (None, 2000)):
+        config = DataConfig(source="x", folds=folds)
+        stream = streaming.TrainingStream(rows, "image", partial(data.held_out, folds=folds, fold=0), config, 0)
+        assert stream.expected == expected
+        if folds:
+            assert len(numbers(stream.training)) == pytest.approx(expected, rel=0.05)
+
+
 def test_too_few_rows_are_told_at_their_end():
     with pytest.raises(UserError, match=r"x: \d\d training rows are fewer than data.batch_size 64"):
         numbers(stream_of(rows=50).training)

@@ -1,8 +1,11 @@
+import io
 import json
 import os
+import re
 import signal
 import socket
 import sys
+import time
 
 import pytest
 import torch
@@ -106,6 +109,33 @@ def test_a_checkpoint_asks_whether_the_loss_is_finite(start):
 def test_the_bar_shows_on_a_terminal_only(start, capsys):
     list(start().watch(iter(steps(5)), "phase head, epoch 1", images=160))
     assert capsys.readouterr().err == ""
+
+
+def test_the_bar_tells_the_rate_and_what_is_left_of_what_is_trained_now(start, monkeypatch):
+    """A resumed epoch's steps of before are no speed of now."""
+    bars, real = [], tracking.tqdm
+
+    class Terminal(io.StringIO):
+        isatty = lambda self: True  # noqa: E731
+
+    def bar(**options):
+        bars.append(real(**options | {"file": Terminal(), "disable": False, "mininterval": 0, "ncols": 150}))
+        return bars[-1]
+
+    monkeypatch.setattr(tracking, "tqdm", bar)
+    monkeypatch.setattr(tracking, "peak_memory", lambda _: {"peak_memory_mb": 1234})
+
+    def slow():
+        for step in steps(3):
+            time.sleep(0.01)
+            yield step
+
+    list(start(data={"batch_size": 32}).watch(slow(), "phase head, epoch 2", images=3296, made=100))
+    shown = bars[0].fp.getvalue()
+    assert "phase head, epoch 2:  97%|" in shown and " 3264/3296 [" in shown
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d, .*images/s, loss=1.000, peak_memory_mb=1,234, top1=50.0%", shown)
+    rates = [float(rate) for rate in re.findall(r"([\d.]+) images/s", shown)]
+    assert rates and max(rates) < 32 / 0.01
 
 
 @pytest.fixture
