@@ -1,5 +1,6 @@
 """The benchmarks run and say what they promise. What they measure is never asserted."""
 
+import gzip
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import shares as benchmark_shares
 import throughput
 import time_to_accuracy
 import turns
@@ -101,6 +103,31 @@ def test_a_stop_is_no_time(tmp_path):
     os.killpg(process.pid, signal.SIGCONT)
     said = float(process.communicate("\n")[0])
     assert said <= time.perf_counter() - began - 1
+
+
+def test_an_operations_share_is_its_own_time(tmp_path, command):
+    def event(name, start, length, thread=1):
+        kind = "user_annotation" if name.startswith("Profiler") else "cpu_op"
+        return {"ph": "X", "cat": kind, "name": name, "ts": start, "dur": length, "tid": thread}
+
+    events = [
+        event("ProfilerStep#3", 0, 100),
+        event("aten::conv2d", 10, 40),
+        event("aten::convolution", 10, 40),
+        event("aten::copy_", 20, 10),
+        event("aten::convolution_backward", 0, 60, thread=2),
+        {"ph": "M", "name": "process_name"},
+    ]
+    with gzip.open(tmp_path / "head.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    milliseconds, steps, by = benchmark_shares.shares(tmp_path / "head.json.gz")
+    assert (milliseconds, steps) == (0.1, 1)
+    expected = {"between operations": 60, "convolutions, forward": 30, "copies": 10, "convolutions, backward": 60}
+    assert by == {name: length / 160 for name, length in expected.items()}
+    (tmp_path / "broken.json.gz").write_bytes(b"no trace")
+    result = command("benchmarks/shares.py", str(tmp_path / "broken.json.gz"))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: {tmp_path}/broken.json.gz is no trace that --profile wrote")
 
 
 @pytest.mark.slow
