@@ -157,6 +157,12 @@ def _newest_whole(run: Path) -> Path | None:
     return None
 
 
+def begun(run: Path) -> bool:
+    """Whether a run has an epoch or a checkpoint, and so is worth going on with."""
+    history = run / "history.jsonl"
+    return bool(_folders(run)) or (history.exists() and history.stat().st_size > 0)
+
+
 def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("[0-9]*-[0-9]*"))
 
@@ -196,11 +202,6 @@ def _fault(folder: Path) -> str | None:
         return f"{', '.join(sorted(set(names) ^ set(files)))} missing, or not in its manifest"
     changed = (name for name in names if _digest(files[name]) != manifest[name])
     return next((f"{name} is not what manifest.json says" for name in changed), None)
-
-
-def exists(run: Path) -> bool:
-    """Whether a run can be gone on with from a checkpoint."""
-    return any((run / "checkpoints").glob("[0-9]*"))
 
 
 def _to_disk(path: Path) -> None:

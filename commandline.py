@@ -67,7 +67,11 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
     elif chosen.run_name:
         run = output_dir / chosen.run_name
     else:
-        known = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+        # One that was stopped before its first step is younger than the one to go on with.
+        known = sorted(
+            output_dir.glob("*/config.yaml"),
+            key=lambda path: (any(path.parent.glob("checkpoints/[0-9]*")), path.stat().st_mtime),
+        )
         run = next((path.parent for path in reversed(known) if read_yaml(path).get("recipe") == name), None)
         if run is None:
             raise UserError(f"--resume: {output_dir} holds no run of the recipe {name}; name one: --resume RUN", USAGE)

@@ -21,20 +21,20 @@ from processes import agreed
 
 
 @contextlib.contextmanager
-def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path):
+def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None):
     """Turn the libraries' errors for such faults into a `UserError` that says the way on; let all others pass.
 
     Args:
-        way_on: how a run is gone on with that has a checkpoint; one that has none is to be started again.
-        run: its folder. A process that ended with an error of its own may have taken it away, and the others know no
-            more than that it is gone.
+        run: a new run's folder, without which there is no way on: it goes with an error before there is anything to go
+            on from. A process that ended with an error of its own may have taken it away, and the others know no more
+            than that it is gone.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # each library has its own type, or none: most are a RuntimeError with a text
-        text, begun = str(error), checkpoint.exists(run)
+        text, begun = str(error), run is None or checkpoint.begun(run)
         way_on = way_on if begun else "start again"
         if out_of_memory(error):
             device = accelerator.device.type
@@ -59,7 +59,7 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path
                 f"{way_on}"
             ) from error
         if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
-            ways = way_on if run.exists() else "what it said itself is the reason"
+            ways = way_on if run is None or run.exists() else "what it said itself is the reason"
             raise UserError(f"another process of this run is gone ({first_line(error)}); {ways}") from error
         raise
 
@@ -90,11 +90,11 @@ def fitting_micro_batch(
     Raises:
         UserError: not even one image fits.
     """
-    tried = share
+    tried, least = share, 1 if config.augment.mix == "none" else 2  # which an image is mixed with
 
     def smaller() -> int:
         nonlocal tried
-        tried = max((part for part in range(1, tried // 2 + 1) if share % part == 0), default=0)
+        tried = max((part for part in range(least, tried // 2 + 1) if share % part == 0), default=0)
         return tried
 
     @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=smaller)
@@ -104,6 +104,8 @@ def fitting_micro_batch(
             for phase in config.phases.values():
                 _try_step(accelerator, model, phase, transform, (micro_batch_size, 3, *size))
         except Exception as raised:
+            if ONE_VALUE in str(raised):
+                raise UserError(f"data.micro_batch_size: with 1 image that would fit {first_line(raised)}") from raised
             if not out_of_memory(raised):
                 raise
             error = raised.with_traceback(None)  # which holds the tensors that did not fit
@@ -119,8 +121,9 @@ def fitting_micro_batch(
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise
+        images = "one image fits" if least == 1 else "two images fit"
         raise UserError(
-            f"out of memory: not even one image fits through {config.model.name} on {accelerator.device.type}"
+            f"out of memory: not even {images} through {config.model.name} on {accelerator.device.type}"
         ) from error
 
 

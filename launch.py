@@ -11,7 +11,6 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import (
-    DistributedType,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     is_bf16_available,
@@ -22,7 +21,7 @@ from errors import USAGE, Interrupted, UserError
 from folding import PRECISIONS
 from processes import cores_per_process
 
-SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # that Accelerate is told of by the environment
 
 
 def make_accelerator(config: Config, precision: str | None = None) -> Accelerator:
@@ -49,14 +48,6 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     if world != accelerator.num_processes:
         raise UserError(
             f"{world} processes were launched, but each of them believes to be alone. {_several(world)}", USAGE
-        )
-    unknown = [accelerator.distributed_type.value] if accelerator.distributed_type in SHARDING else []
-    unknown += [accelerator.mixed_precision] if accelerator.mixed_precision not in PRECISIONS else []
-    if unknown:
-        raise UserError(
-            f"{' and '.join(unknown)}: this loop trains whole models, in fp32, bf16 or fp16. If accelerate's settings "
-            "on this machine says so: accelerate launch --config_file accelerate_config.yaml train.py",
-            USAGE,
         )
     kind = accelerator.device.type
     if kind == "cpu" and accelerator.mixed_precision == "fp16":
@@ -91,12 +82,20 @@ def dispatch(accelerator: Accelerator, streamed: bool) -> None:
 
 
 def _check_launched_as_meant() -> None:
-    """UserError if the launcher was asked for several processes, made one and did not say so.
+    """UserError if the launcher was asked for what the loop does not know; or for several processes, and made one.
 
-    accelerate launch does that for `--cpu --num_processes 2` and the like. It then names the address where processes
-    meet, but numbers none.
+    accelerate launch does the latter for `--cpu --num_processes 2` and the like, and does not say so. It then names the
+    address where processes meet, but numbers none.
     """
     env = os.environ
+    unknown = [name for name in SHARDING if env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")]
+    unknown += [name] if (name := env.get("ACCELERATE_MIXED_PRECISION", "no")) not in PRECISIONS else []
+    if unknown:
+        raise UserError(
+            f"{' and '.join(unknown)}: this loop trains whole models, in fp32, bf16 or fp16. If it is accelerate's "
+            "settings on this machine that say so: accelerate launch --config_file accelerate_config.yaml train.py",
+            USAGE,
+        )
     launched, meets = "ACCELERATE_MIXED_PRECISION" in env, "MASTER_ADDR" in env and "MASTER_PORT" in env
     ranked = any(name in env for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
     if launched and meets and not ranked:

@@ -78,7 +78,7 @@ def keep_decoded(
             labels = torch.empty(len(rows), dtype=torch.int64)
             workers = 0
             if len(rows) > FEW:  # nothing trains meanwhile, so that a core need not be left
-                workers = default_workers(most=16, spared=0) if config.workers is None else config.workers
+                workers = default_workers(spared=0) if config.workers is None else config.workers
             begin = 0
             # The generator keeps the workers' seeds from being drawn from the one that training draws from.
             for batch in watch(

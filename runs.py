@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 import launch
 import sharing
-from checkpoint import write_whole
+from checkpoint import begun, write_whole
 from config import Config
 from errors import USAGE, Interrupted, UserError
 from processes import on_main, together
@@ -64,8 +64,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
     except Interrupted:  # to go on with, even if it has not come to a checkpoint
         raise
     except BaseException:
-        worth_keeping = (run / "history.jsonl", *run.glob("checkpoints/[0-9]*"))
-        if accelerator.is_main_process and not resume and not any(_size(path) for path in worth_keeping):
+        if accelerator.is_main_process and not resume and not begun(run):
             shutil.rmtree(run, ignore_errors=True)
             if folder_made:
                 with contextlib.suppress(OSError):  # another run has begun in it meanwhile
@@ -98,10 +97,6 @@ def _take(lock: FileLock, run: Path) -> None:
         raise UserError(f"{run} is being trained by another process, which has it locked") from None
     except OSError as error:
         raise UserError(f"{run} can't be locked: {error.strerror}") from error
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: int) -> Config:

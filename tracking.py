@@ -108,14 +108,14 @@ class Tracking:
                 f"the loss is not finite in {title}, step {number - unapplied + 1}: no update was applied from there"
             )
 
-    def check_validated(self, loss: float) -> None:
-        """UserError if this epoch's validation loss is not finite: its last update was one too many."""
+    def check_validated(self, loss: float, title: str) -> None:
+        """UserError if an epoch's validation loss is not finite, as of weights whose last update was one too many."""
         if not math.isfinite(loss):
-            self._diverged(f"the validation loss is not finite after {self.last[1]}, which is not kept")
+            self._diverged(f"the validation loss is not finite after {title}, whose weights are not kept")
 
     def _diverged(self, what: str) -> NoReturn:
         ways = "start again with --clip_norm 1 or a lower lr"
-        if checkpoint.exists(self.history.parent):
+        if checkpoint.begun(self.history.parent):
             ways = (
                 f"--resume {self.history.parent} --clip_norm 1, or with a lower lr for this phase if no checkpoint was "
                 "written in it; or a new run"

@@ -114,7 +114,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))
-        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, run))
+        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, None if resume else run))
         stack.enter_context(launch.ended(accelerator))
 
         hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
@@ -185,7 +185,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     if val_loader is not None:
                         val_batches = interrupt.watch(val_loader)
                         validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
-                        tracking.check_validated(validated["loss"])
+                        tracking.check_validated(validated["loss"], title)
                 except Interrupted:
                     tracking.check_finite()
                     checkpoints.save(state, metrics)

@@ -41,7 +41,7 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "no_grad_trunk": (["no_grad_trunk"], [], FROZEN),
     "compile": (["compiled"], ["launched"], ALL),
 }
-CPU_ONLY = ("glibc_keeps_memory", "thread_per_core", "weights_contiguous")
+CPU_ONLY = ("glibc_keeps_memory", "thread_per_core", "weights_contiguous", "images_channels_last")  # graphs copy them
 GPU_ONLY = ("cuda_graphs", "images_on_gpu")
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}

@@ -165,7 +165,7 @@ def main() -> None:
         rows = run(args, said)
     judged = judge(rows)
     turns.tell(judged)
-    turns.save(args.output, said, [*rows, judged])
+    turns.save(args.output, said, [*rows, {"variant": "judged"} | judged])
     plot(rows, judged, said["device"], args.output.with_suffix(".png"))
 
 

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -246,7 +247,7 @@ def launched(processes: int, *arguments) -> list[str]:
 
 def conditions() -> dict:
     """Commit, day, command, machine and versions, and the precision of what is fast."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]  # no machine's paths
+    words = [re.sub(r"[^=]*/", "", word) for word in sys.argv[1:]]  # no machine's paths
     made = {"commit": commit(), "date": str(datetime.date.today())}
     made["command"] = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     return made | machine() | {"precision": fast_precision().replace("no", "fp32")}

@@ -78,6 +78,7 @@ def test_a_parent_that_is_gone_counts_if_it_was_a_launcher(monkeypatch, variable
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "no")
+    monkeypatch.setattr("interrupt.os.getppid", lambda: 100)
     with Interrupt(Accelerator(cpu=True), "go on") as interrupt:
         interrupt.check()
         monkeypatch.setattr("interrupt.os.getppid", lambda: 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from conftest import ROOT
 from images import encode, noise, parquet_of
 
@@ -75,19 +75,17 @@ def test_two_jobs_that_believe_to_be_alone_are_refused(make_config, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("variable", "value", "said"),
     [
-        ("distributed_type", DistributedType.FSDP),
-        ("distributed_type", DistributedType.DEEPSPEED),
-        ("mixed_precision", "fp8"),
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DEEPSPEED"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
     ],
 )
-def test_what_the_loop_does_not_know_is_refused(make_config, monkeypatch, name, value):
-    """As it may come from a configuration that was made for another program."""
-    monkeypatch.setattr(Accelerator, name, property(lambda _: value))
-    with pytest.raises(
-        UserError, match=rf"{getattr(value, 'value', value)}: this loop .* --config_file accelerate_con"
-    ):
+def test_what_the_loop_does_not_know_is_refused(make_config, monkeypatch, variable, value, said):
+    """As a configuration that was made for another program makes accelerate launch ask for it."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=rf"{said}: this loop .* --config_file accelerate_config.yaml"):
         launch.make_accelerator(make_config())
 
 

@@ -198,6 +198,8 @@ def test_resume_finds_the_named_run_and_the_recipes_newest(tmp_path, monkeypatch
         os.utime(tmp_path / name / "config.yaml", (1e9 - age, 1e9 - age))
     recipe = ["--config", str(ROOT / "recipes" / "demo_scratch.yaml"), "--output_dir", str(tmp_path)]
     assert parse([*recipe, "--resume"])[1] == tmp_path / "new"
+    (tmp_path / "old" / "checkpoints" / "00001-000000009").mkdir(parents=True)
+    assert parse([*recipe, "--resume"])[1] == tmp_path / "old", "the other was stopped before its first step"
     assert parse([*recipe, "--run_name", "old", "--resume"])[1] == tmp_path / "old"
     config, run = parse(
         ["--resume", "--run_name", "other", "--output_dir", str(tmp_path), "--phases.train.epochs", "3"]
