@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from config import DataConfig
-from data import Data
+from data import Data, is_streamed
 from decoding import Collate
 from processes import cores_per_process, is_main
 
@@ -185,6 +185,14 @@ def pass_over(accelerator: Accelerator, prepared_loader, steps: int):
         prepared_loader.skip_batches = steps  # of this epoch: the next one asks again
         return prepared_loader
     return accelerator.skip_first_batches(prepared_loader, steps) if steps else prepared_loader
+
+
+def spare_workers(source: Data, *prepared_loaders) -> None:
+    """A stream that is kept as pixels needs nobody to decode it any more, and a worker takes time from the training."""
+    if is_streamed(source) and source.train.stream.decoded:
+        for prepared in prepared_loaders:
+            if prepared is not None:
+                prepared.base_dataloader.num_workers = 0
 
 
 def images_in(prepared_loader, global_batch: int, source: Data) -> int | None:

@@ -100,6 +100,7 @@ class TrainingStream:
         self.keep_mb, self.batch_size = config.keep_mb, config.batch_size
         self.kept: dict[bool, list[dict]] = {}  # training rows under False, validation rows under True
         self.whole = self.too_large = False  # all rows are kept; there are too many to keep
+        self.decoded = False  # all rows are kept, as pixels
         self.training, self.validation = Part(self, validation=False), Part(self, validation=True)
         said = (rows.info.splits or {}).get(rows.split)  # by the dataset's own description, if it has one
         trained = 1 if config.folds is None else 1 - 1 / config.folds
@@ -148,6 +149,7 @@ class TrainingStream:
         if not self.too_large:
             decoded, self.whole = self._decode(limit - size), True
             parts = {"training": self.kept[False], "validation": self.kept[True]}
+            self.decoded = decoded == sum(map(len, parts.values()))
             rows = " and ".join(f"{len(rows):,} {name}" for name, rows in parts.items() if rows)
             tqdm.write(
                 f"stream: {rows} rows ({size / MB:.0f} MB) have been read, "

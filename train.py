@@ -160,6 +160,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             while state.phase_epoch < phase.epochs and not state.stopped:
                 began, lr, images = time.perf_counter(), optimizer.param_groups[0]["lr"], 0
                 train_loader.set_epoch(state.epoch)
+                loading.spare_workers(source, train_loader, val_loader)
                 # Resumed in mid-epoch, pass over what has been trained on, which draws no random numbers.
                 passed, spent = state.epoch_step, state.epoch_seconds
                 rest = loading.pass_over(accelerator, train_loader, passed)

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from images import encode, noise, parquet_of
 
 import data
@@ -195,6 +196,29 @@ def test_workers_decode_what_the_stream_gives_and_change_nothing(tmp_path, worke
     held_out = torch.cat([batch["image"].sum((1, 2, 3)) for batch in validation])
     assert len(held_out) + rows == 90
     assert pixels.isdisjoint(held_out.tolist())
+
+
+def test_what_is_kept_as_pixels_needs_no_workers(tmp_path):
+    """And its batches are what they would have been with one, though the first epoch has its."""
+    accelerator, epochs = Accelerator(cpu=True), {}
+    accelerator.dataloader_config.dispatch_batches = True
+    for spared in (False, True):
+        config = DataConfig(
+            source=str(parquet_of(tmp_path, noise(90))), streaming=True, workers=1, folds=3, batch_size=8
+        )
+        source = data.load(config)
+        loaders = accelerator.prepare(
+            loading.loader(source, "train", config, 8), loading.loader(source, "validation", config, 8)
+        )
+        epochs[spared] = []
+        for epoch in range(2):
+            loaders[0].set_epoch(epoch)
+            if spared:
+                loading.spare_workers(source, *loaders, None)
+            assert loaders[0].base_dataloader.num_workers == (0 if spared and epoch else 1)
+            epochs[spared].append(torch.cat([batch["image"] for loader in loaders for batch in loader]))
+    assert all(map(torch.equal, *epochs.values()))
+    assert not epochs[True][0].equal(epochs[True][1])
 
 
 def test_the_first_rows_alone(tmp_path):
