@@ -21,7 +21,12 @@ import turns
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+AT_ONCE = ("throughput.py", "results.py")  # each takes the seconds of its imports
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow) for name in SCRIPTS]
+)
 def test_help_teaches(command, script):
     result = command(f"benchmarks/{script}", "--help")
     assert result.returncode == 0, result.stderr[-1000:]

@@ -112,6 +112,7 @@ def test_a_run_downloads_each_byte_once_if_it_may_keep_them(large, command, tmp_
     assert ("are kept in memory" if times == 1 else "larger than data.keep_mb 5") in result.stdout
 
 
+@pytest.mark.slow
 def test_it_runs_downloaded_first_and_then_from_the_cache_without_a_hub(server, command, tmp_path):
     home = tmp_path / "home"
     online = train(command, server.url, home, tmp_path / "online", "--data.streaming", "false")

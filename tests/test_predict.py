@@ -221,6 +221,7 @@ def test_figures_of_chosen_data_replace_none_of_the_runs_own(run):
     assert figures(run, "test-validation")["rows"] < 80
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(run, command, files, pictures):
     """Images that differ in size, too, which come in batches of different shapes."""
     modes = {

@@ -62,7 +62,7 @@ def stop_at(monkeypatch, number, step=None, batch=None):
         (signal.SIGTERM, {"batch": 2}, False, 1),  # in the first validation
         pytest.param(signal.SIGTERM, {"step": STEPS + 4}, True, 0, marks=pytest.mark.slow),
         (signal.SIGTERM, {"step": 3 * STEPS + 1}, True, 1),
-        (signal.SIGTERM, {"batch": 4}, True, 0),  # in a validation
+        pytest.param(signal.SIGTERM, {"batch": 4}, True, 0, marks=pytest.mark.slow),  # in a validation
     ],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, number, place, streaming, workers):
