@@ -102,9 +102,9 @@ class TrainingStream:
         self.whole = self.too_large = False  # all rows are kept; there are too many to keep
         self.decoded = False  # all rows are kept, as pixels
         self.training, self.validation = Part(self, validation=False), Part(self, validation=True)
-        said = (rows.info.splits or {}).get(rows.split)  # by the dataset's own description, if it has one
+        said = (rows.info.splits or {}).get(rows.split)  # by the dataset's own description, if that has them
         trained = 1 if config.folds is None else 1 - 1 / config.folds
-        self.expected = round(said.num_examples * trained) if said else None  # training rows, about
+        self.expected = round(said.num_examples * trained) if said and said.num_examples else None  # about
 
     def rows_of(self, validation: bool, epoch: int) -> Iterator[dict]:
         """The validation rows, or an epoch's training rows in its order.

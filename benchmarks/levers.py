@@ -6,8 +6,8 @@
 A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16
 (fp32 where that would be emulated): 1.50 means that it makes an epoch's training half as fast again. What train.py has
 is taken out for this, by patches (speed.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
-the median of the rounds' ratios. Levers of GPUs are left out on a CPU, those of
-CPUs on a GPU, and bf16 where it would be emulated.
+the median of the rounds' ratios. Levers of GPUs are left out on a CPU, those of CPUs on a GPU,
+and bf16 where it would be emulated.
 """
 
 import argparse
