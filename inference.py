@@ -68,7 +68,7 @@ class Classifier:
             checkpoint.load_best(model, run)  # strictly, as no head may be replaced here
         except RuntimeError as error:
             raise UserError(f"{run}/best is damaged: its weights and its config.json do not fit ({error})") from error
-        model = launch.in_its_layout(model, accelerator.device)
+        model = launch.suited(model, accelerator.device)
         _, self.transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
         # A running run may have replaced best/ between two processes' reading.

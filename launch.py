@@ -16,6 +16,7 @@ from accelerate.utils import (
     is_bf16_available,
 )
 
+import smallmaps
 from config import Config, Environment
 from errors import USAGE, Interrupted, UserError
 from folding import PRECISIONS
@@ -176,13 +177,15 @@ def hint_at_bf16(accelerator: Accelerator) -> None:
         )
 
 
-def in_its_layout(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model with its weights in the layout that trains fastest on images in channels_last.
+def suited(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model as the device trains it fastest, on images in channels_last.
 
-    On a GPU that is channels_last too. A CPU's convolutions take either, and its fused optimizers copy weights of any
-    layout but the default one.
+    On a GPU weights are channels_last, too. A CPU's convolutions take either layout, and its fused optimizers copy
+    weights of any but the default one; there convolutions of small maps become matrix products.
     """
-    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model
+    if device.type == "cuda":
+        return model.to(memory_format=torch.channels_last)
+    return smallmaps.as_products(model) if device.type == "cpu" else model
 
 
 def has_bf16(device: torch.device) -> bool | None:

@@ -83,7 +83,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         # All processes start from the same weights; from then on each draws its own augmentation and dropout.
         set_seed(config.seed)
         model, origin = models.create(start, source.class_names, size)
-        model = launch.in_its_layout(model, accelerator.device)
+        model = launch.suited(model, accelerator.device)
         facts = {"data": data.facts(source), "pretrained_cfg": model.pretrained_cfg}
         if saved:
             saved.check_same("data", facts["data"])

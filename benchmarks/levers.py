@@ -29,6 +29,7 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "weights_contiguous": ([], ["weights_channels_last"], ALL),
     "frozen_in_eval_mode": (["unfolded"], ["drifting_batch_norm"], FROZEN),
     "folding": ([], ["unfolded"], FROZEN),
+    "small_maps_as_products": ([], ["small_maps_convolved"], FROZEN),
     "decoded_once": ([], ["decoding"], ALL),
     "decoded_ahead": (["decoding"], ["decoding", "no_workers"], ALL),
     "glibc_keeps_memory": ([], ["glibc_as_it_is"], ALL),
@@ -41,7 +42,13 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "no_grad_trunk": (["no_grad_trunk"], [], FROZEN),
     "compile": (["compiled"], ["launched"], ALL),
 }
-CPU_ONLY = ("glibc_keeps_memory", "thread_per_core", "weights_contiguous", "images_channels_last")  # graphs copy them
+CPU_ONLY = (
+    "glibc_keeps_memory",
+    "thread_per_core",
+    "weights_contiguous",
+    "images_channels_last",  # graphs copy them
+    "small_maps_as_products",
+)
 GPU_ONLY = ("cuda_graphs", "images_on_gpu")
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}

@@ -44,7 +44,18 @@ def weights_channels_last():
 
     import launch
 
-    patching.patch(launch, "in_its_layout", lambda _: lambda model, _: model.to(memory_format=torch.channels_last))
+    def in_that_layout(suited):
+        return lambda *model_and_device: suited(*model_and_device).to(memory_format=torch.channels_last)
+
+    patching.patch(launch, "suited", in_that_layout)
+
+
+@patching.named
+def small_maps_convolved():
+    """Convolutions of small maps as convolutions, instead of as matrix products."""
+    import smallmaps
+
+    patching.patch(smallmaps, "as_products", lambda _: lambda model: model)
 
 
 @patching.named

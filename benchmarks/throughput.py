@@ -7,9 +7,10 @@
 For each model and phase, at 32x32, in images per second:
 
 limit     forward, backward and optimizer step on one batch that lies on the device already, its frozen batch norms
-          folded like ours. The best of contiguous, channels_last or channels_last images alone in fp32 or bf16, looked
-          at in turns; then, where there is a C++ compiler and unless --eager, the best of each precision (if it is more
-          than half as fast as the other's) against itself compiled, on a GPU with CUDA graphs (mode reduce-overhead)
+          folded and, on a CPU, its small maps' convolutions products, like ours. The best of contiguous, channels_last
+          or channels_last images alone in fp32 or bf16, looked at in turns; then, where there is a C++ compiler and
+          unless --eager, the best of each precision (if it is more than half as fast as the other's) against itself
+          compiled, on a GPU with CUDA graphs (mode reduce-overhead)
 ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation and each step's metrics;
           the epoch's figures and history come after. Images decoded once, before training, as local ones are by default
 streamed  the same, streamed as a dataset of the hub is by default, which is kept and decoded in the first epoch
@@ -53,6 +54,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
     import folding
     import launch
     import models
+    import smallmaps
     from engine import train_mode
     from phases import make_optimizer
 
@@ -69,6 +71,8 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=100).to(device, memory_format=of_weights)
         models.freeze_all_but(model, modules)
+        if device.type == "cpu":
+            smallmaps.as_products(model)
         folding.fold(model, (32, 32), precision)
         train_mode(model)
         if compiled:

@@ -176,7 +176,7 @@ def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeyp
 
 def test_weights_are_channels_last_on_a_gpu_alone():
     for device, layout in (("cuda", torch.channels_last), ("cpu", torch.contiguous_format)):
-        model = launch.in_its_layout(torch.nn.Conv2d(3, 4, 3), torch.device(device))
+        model = launch.suited(torch.nn.Conv2d(3, 4, 3), torch.device(device))
         assert model.weight.is_contiguous(memory_format=layout), device
 
 

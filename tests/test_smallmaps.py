@@ -1,0 +1,87 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import folding
+import models
+import smallmaps
+from engine import train_mode
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """How many matrix products there were."""
+    counted, linear = [], smallmaps.F.linear
+    monkeypatch.setattr(smallmaps.F, "linear", lambda *given: counted.append(given) or linear(*given))
+    return counted
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding, size, as_product",
+    [
+        (1, 1, 0, (4, 4), True),
+        (1, 2, 0, (3, 4), True),
+        (1, (2, 1), 0, (4, 3), True),
+        (1, 1, 0, (4, 5), False),  # more than 16 pixels
+        (1, 1, 1, (2, 2), False),
+        (3, 1, 1, (1, 1), True),
+        (3, 2, 1, (2, 2), True),
+        (3, 2, 1, (1, 2), True),
+        (3, 1, 0, (3, 3), True),
+        (3, 2, 0, (4, 4), True),  # the last row and column are not seen
+        (5, 4, 2, (4, 3), True),
+        (7, 1, 3, (1, 1), True),
+        ((3, 1), 1, (1, 0), (1, 1), True),
+        (3, 1, 1, (2, 2), False),
+        (3, 1, 1, (1, 2), False),
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_and_gradients_are_the_convolutions(kernel, stride, padding, size, as_product, layout, bias, products):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 5, kernel, stride, padding, bias=bias).double()
+    other = smallmaps.as_products(copy.deepcopy(conv))
+    images = torch.randn(3, 6, *size, dtype=torch.double).contiguous(memory_format=layout)
+    given, given_other = images.clone().requires_grad_(), images.clone().requires_grad_()
+    out, out_other = conv(given), other(given_other)
+    assert bool(products) == as_product
+    torch.testing.assert_close(out_other, out)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    (out_other * weights).sum().backward()
+    torch.testing.assert_close(given_other.grad, given.grad)
+    for parameter, parameter_other in zip(conv.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter_other.grad, parameter.grad)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "reflect", "padding": 1}, {"padding": "same"}]
+)
+def test_what_is_no_plain_convolution_stays_one(odd, products):
+    conv = nn.Conv2d(4, 4, 3 if "padding" in odd else 1, **odd)
+    images = torch.randn(2, 4, 3, 3)
+    before = conv(images)
+    assert torch.equal(smallmaps.as_products(conv)(images), before) and not products
+
+
+@pytest.mark.parametrize("precision, tolerance", [("no", 1e-4), ("bf16", 3e-2)])
+def test_a_resnets_folded_and_trained_convolutions_learn_the_same(precision, tolerance, products):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet26", num_classes=10)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    gradients = []
+    for each in (model, smallmaps.as_products(copy.deepcopy(model))):
+        models.freeze_all_but(each, ("layer4", "head"))
+        assert folding.fold(each, (32, 32), precision)
+        train_mode(each)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = each(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        gradients.append(torch.cat([part.grad.flatten() for part in each.parameters() if part.requires_grad]))
+    assert len(products) > 10
+    assert (gradients[1] - gradients[0]).norm() < tolerance * gradients[0].norm()
+    assert list(each.state_dict()) == list(model.state_dict())
