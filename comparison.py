@@ -64,9 +64,12 @@ def throughput(run: Run) -> float | None:
 
 
 def robustness(run: Run) -> Predictions | None:
-    """The file whose mean15 stands for a run: all rows before some, then our own corruptions before CIFAR-100-C."""
+    """The file whose mean15 stands for a run.
+
+    Its own data before others, then all rows before some, one view before several, own corruptions before CIFAR-100-C.
+    """
     found = [it for it in run.predictions if it.kind != "split" and it.mean15 is not None]
-    return min(found, key=lambda it: (it.rank[1:3], it.rank), default=None)
+    return min(found, key=lambda it: (not it.own, it.rank[1:3], it.rank), default=None)
 
 
 def conditions(found: Predictions) -> str:

@@ -129,10 +129,16 @@ class Predictions(_Part):
         return self
 
     @property
+    def own(self) -> bool:
+        """Whether the run's own test split was judged, and no data chosen in its place, which the name would tell."""
+        suffix = (f"-{self.tta}" if self.tta else "") + (f"-limit{self.limit}" if self.limit else "")
+        return self.name.removesuffix(suffix) in ("test", "robustness", "cifar100c")
+
+    @property
     def rank(self) -> tuple:
-        """Sorts what says most about a run to the front: all rows before some, one view before several, test first."""
+        """Sorts what says most about a run to the front: all rows before some, one view before several, its own."""
         kinds = ("split", "robustness", "cifar100c")
-        return kinds.index(self.kind), self.limit is not None, self.tta is not None, self.name != "test", self.name
+        return kinds.index(self.kind), self.limit is not None, self.tta is not None, not self.own, self.name
 
 
 # ---- a run folder ---------------------------------------------------------------------------------------------------

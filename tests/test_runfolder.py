@@ -6,7 +6,7 @@ import zlib
 
 import pytest
 from PIL import Image
-from run_folders import history, png, split, write_predictions, write_run
+from run_folders import corrupted, history, png, split, write_predictions, write_run
 
 import runfolder
 from errors import UserError
@@ -38,6 +38,11 @@ def test_what_tells_most_comes_first(folder):
     write_predictions(folder, *(split(name, ["a"], **changes.get(name, {})) for name in names))
     found = [it.name for it in read_run(folder).predictions]
     assert found == ["test", "photos-test", "validation", "test-flips", "test-limit5"]
+
+
+def test_the_runs_own_robustness_comes_before_that_on_other_data(folder):
+    write_predictions(folder, *(corrupted("robustness", name) for name in ("holiday-robustness", "robustness")))
+    assert [it.name for it in read_run(folder).predictions] == ["robustness", "holiday-robustness"]
 
 
 def test_figures_that_are_missing_or_not_finite_are_none_and_told(folder):
