@@ -174,17 +174,18 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def digest(path: Path) -> str:
+    """A file's SHA-256, as 64 hexadecimal digits; OSError if it can't be read."""
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def _seal(folder: Path) -> None:
     """Write the manifest and see to it that everything has reached the disk."""
-    manifest = {name: _digest(path) for name, path in _files(folder).items()}
+    manifest = {name: digest(path) for name, path in _files(folder).items()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*_files(folder).values(), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         _to_disk(path)
@@ -192,16 +193,21 @@ def _seal(folder: Path) -> None:
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with a sealed folder, or None."""
-    files = _files(folder)
     try:
+        files = _files(folder)
         manifest = json.loads(files.pop("manifest.json").read_text(encoding="utf-8"))
         names = sorted(manifest)
     except (KeyError, ValueError, TypeError, OSError):
         return "manifest.json is missing or damaged"
     if names != sorted(files):
         return f"{', '.join(sorted(set(names) ^ set(files)))} missing, or not in its manifest"
-    changed = (name for name in names if _digest(files[name]) != manifest[name])
-    return next((f"{name} is not what manifest.json says" for name in changed), None)
+    for name in names:
+        try:
+            if digest(files[name]) != manifest[name]:
+                return f"{name} is not what manifest.json says"
+        except OSError as error:  # a bad sector, say
+            return f"{name} can't be read ({error.strerror})"
+    return None
 
 
 def _to_disk(path: Path) -> None:
@@ -218,9 +224,13 @@ def _to_disk(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file's content, so that it is the old or the new one whatever happens."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    _to_disk(unfinished)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        _to_disk(unfinished)
+        os.replace(unfinished, path)
+    except Exception:
+        unfinished.unlink(missing_ok=True)
+        raise
     _to_disk(path.parent)
 
 

@@ -146,10 +146,18 @@ def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: i
 
 
 def record(accelerator: Accelerator, config: Config, run: Path, **settled) -> Config:
-    """Write the configuration into the run folder; `settled` replaces values of its data section."""
+    """Write the configuration into the run folder; `settled` replaces values of its data section.
+
+    Raises:
+        UserError: it can't be written.
+    """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **settled))
-    if accelerator.is_main_process:
-        write_whole(run / "config.yaml", _to_run_again(config))
+    with together(accelerator):
+        if accelerator.is_main_process:
+            try:
+                write_whole(run / "config.yaml", _to_run_again(config))
+            except OSError as error:
+                raise UserError(f"{run}/config.yaml can't be written: {error.strerror}") from error
     return config
 
 

@@ -111,10 +111,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
         )
         if not resume:
             launch.hint_at_bf16(accelerator)
+        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, None if resume else run))
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))
-        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, None if resume else run))
         stack.enter_context(launch.ended(accelerator))
 
         hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal

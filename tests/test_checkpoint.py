@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import shutil
 
@@ -170,6 +171,19 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(two_checkpoints, 
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, "nothing is overwritten"
 
 
+@pytest.mark.skipif(not os.path.isfile("/proc/self/mem"), reason="uses a file that can't be read, as Linux has it")
+@pytest.mark.parametrize("name", ["optimizer.bin", "manifest.json"])
+def test_a_checkpoint_that_can_not_be_read_is_torn(two_checkpoints, tmp_path, capsys, name):
+    """As on a disk with a bad sector: the system's answer is an I/O error."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    older, newer = checkpoint._folders(run)
+    (newer / name).unlink()
+    (newer / name).symlink_to("/proc/self/mem")
+    assert checkpoint.newest(Accelerator(cpu=True), run).path == older
+    told = capsys.readouterr().err
+    assert str(newer) in told and name in told and len(told.splitlines()) == 1
+
+
 def test_every_single_bit_of_the_manifest_counts(two_checkpoints, tmp_path):
     """The manifest has no checksum of its own: no flipped bit may leave it valid."""
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
@@ -255,6 +269,20 @@ def test_a_pickle_that_would_run_code_is_refused(prepared, tmp_path):
             checkpoint.restore(accelerator, checkpoint.newest(accelerator, tmp_path), tmp_path)
         assert not witness.exists()
         (saved.path / name).write_bytes(good)
+
+
+# ---- text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="uses the full disk that Linux has")
+def test_text_that_can_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    (tmp_path / ".a.txt.unfinished").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.write_whole(tmp_path / "a.txt", "new")
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+    checkpoint.write_whole(tmp_path / "a.txt", "new")
+    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "new"
 
 
 # ---- when -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What befalls a run that is set up rightly: a full disk, too little memory, a worker or a process that is gone."""
 
+import errno
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,8 +18,9 @@ from test_launch import TORCHRUN, TWO_PROCESSES
 
 import checkpoint
 import faults
+import runs
 import train
-from errors import UserError
+from errors import Interrupted, UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="uses what only Linux has")
 
@@ -63,6 +66,31 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_written(command, tmp_pat
     resumed = command("train.py", "--resume", str(run))
     assert resumed.returncode == 0, resumed.stderr
     assert [json.loads(row)["epoch"] for row in (run / "history.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("config.yaml", "config.yaml can't be written: No space left on device"),
+        ("history.jsonl", "the disk is full: .*make room, and go on with: accelerate launch train.py --resume .*/run"),
+    ],
+)
+def test_a_disk_that_is_full_when_a_run_is_resumed_is_told(make_config, monkeypatch, name, said):
+    real = checkpoint._to_disk
+
+    def full(path):
+        if path.name == f".{name}.unfinished":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path)
+
+    with pytest.raises(Interrupted), runs.opened(Accelerator(cpu=True), make_config(), None) as run:
+        raise Interrupted("stopped before its first step", 15)
+    monkeypatch.setattr(checkpoint, "_to_disk", full)
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(UserError, match=said):
+        train.train(make_config(), resume=run)
+    assert (run / "config.yaml").read_text() == before
+    assert not list(run.glob(".*unfinished"))
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
