@@ -21,20 +21,21 @@ from processes import agreed
 
 
 @contextlib.contextmanager
-def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None):
+def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None, resumed: bool = False):
     """Turn the libraries' errors for such faults into a `UserError` that says the way on; let all others pass.
 
     Args:
-        run: a new run's folder, without which there is no way on: it goes with an error before there is anything to go
-            on from. A process that ended with an error of its own may have taken it away, and the others know no more
-            than that it is gone.
+        run: the folder of a training; None: nothing is trained. Without a new run's folder there is no way on: it goes
+            with an error before there is anything to go on from. A process that ended with an error of its own may have
+            taken it away, and the others know no more than that it is gone.
+        resumed: the run is no new one.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # each library has its own type, or none: most are a RuntimeError with a text
-        text, begun = str(error), run is None or checkpoint.begun(run)
+        text, begun = str(error), run is None or resumed or checkpoint.begun(run)
         way_on = way_on if begun else "start again"
         if out_of_memory(error):
             device = accelerator.device.type
@@ -42,7 +43,7 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path
                 f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
                 f"smaller --data.micro_batch_size (the batch size stays)"
                 f"{', or auto for it; --mixed_precision bf16' * (not begun)}"
-                f"{'; --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda')}; {way_on}"
+                f"{'; --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda' and run is not None)}; {way_on}"
             ) from error
         if ONE_VALUE in text:
             raise UserError(

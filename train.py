@@ -111,7 +111,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         )
         if not resume:
             launch.hint_at_bf16(accelerator)
-        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, None if resume else run))
+        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, run, resumed=bool(resume)))
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))

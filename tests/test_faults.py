@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -138,6 +139,22 @@ def test_ways_on_from_memory_that_ran_out_are_such_as_lead_on(tmp_path, begun, s
     with pytest.raises(UserError, match=said) as caught, faults.told("go on", Accelerator(cpu=True), 64, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert not re.search(not_said, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        ({"run": True}, "bf16; --cuda_graphs false, --data.keep_mb 0; start again"),
+        ({"run": True, "resumed": True}, r"stays\); --cuda_graphs false, --data.keep_mb 0; go on"),
+        ({}, r"the batch size stays\); go on"),
+    ],
+)
+def test_only_a_training_is_advised_to_do_without_what_takes_a_gpus_memory(tmp_path, of, said):
+    """predict.py has no CUDA graphs and keeps no images on the GPU."""
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    of = of and of | {"run": tmp_path}
+    with pytest.raises(UserError, match=f"{said}$"), faults.told("go on", gpu, 64, **of):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_batch_norm_of_one_value_is_told(tmp_path):
