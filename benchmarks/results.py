@@ -16,7 +16,6 @@ Here runs are made; results_plan.py says which, and results_tables.py writes the
 
 import argparse
 import datetime
-import hashlib
 import json
 import os
 import shlex
@@ -43,8 +42,9 @@ from results_plan import (
 )
 from results_tables import write_tables
 
-from checkpoint import write_whole
+from checkpoint import digest, write_whole
 from errors import USAGE, Interrupted, UserError, told
+from recipe import read_yaml
 
 
 def complete(row: Row, run: str, args) -> None:
@@ -58,7 +58,9 @@ def complete(row: Row, run: str, args) -> None:
     def session(does: str, *words: str) -> None:
         facts = {"does": does, "commit": turns.commit(), "date": str(datetime.date.today()), "machine": turns.machine()}
         if does == "train" and "WEIGHTS" in row.options:
-            facts["weights_sha256"] = digest(Path(args.weights))
+            weights = weights_of(folder, args.weights)
+            if weights.is_file():  # what goes on from a checkpoint needs them no longer
+                facts["weights_sha256"] = digest(weights)
         made["sessions"].append(facts)
         write_whole(note, json.dumps(made, indent=1) + "\n")
         code, facts["peak_memory_mib"] = execute(args, [*launcher(made["precision"]), *words], folder)
@@ -87,11 +89,16 @@ def check_startable(row: Row, run: str, runs: Path) -> None:
         )
 
 
-def digest(weights: Path) -> str:
-    """SHA-256 of a file of weights, or of that in a run's best/."""
-    path = weights / "model.safetensors" if weights.is_dir() else weights
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def weights_of(folder: Path, given: str) -> Path:
+    """The file of weights that a run starts from: if it has begun, what its own configuration names."""
+    config = folder / "config.yaml"
+    return weights_file(read_yaml(config)["model"]["weights"] if config.is_file() else given)
+
+
+def weights_file(weights: str) -> Path:
+    """The file that is meant by a file of weights or a run's best/."""
+    path = ROOT / weights
+    return path / "model.safetensors" if os.path.isdir(path) else path
 
 
 def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
@@ -147,7 +154,7 @@ def main() -> None:
     args = parser.parse_args()
     args.runs = args.runs.absolute()
     args.data, args.weights = (
-        str(Path(it).absolute()) if it and Path(it).exists() else it for it in (args.data, args.weights)
+        str(Path(it).absolute()) if it and os.path.exists(it) else it for it in (args.data, args.weights)
     )
     plan_file = RESULTS / "plan.yaml"
     plan = read_plan(plan_file)
@@ -163,6 +170,8 @@ def main() -> None:
         raise UserError(f"--weights: {lacking[0]} needs them; or name other rows after --run", USAGE)
     for row, run in missing:
         check_startable(row, run, args.runs)
+    if args.weights and not os.path.isfile(weights_file(args.weights)):
+        raise UserError(f"--weights: {args.weights} is no file of weights and no run's best/", USAGE)
     for row, run in missing:
         complete(row, run, args)
         write_tables(plan, args.runs)

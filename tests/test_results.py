@@ -105,6 +105,9 @@ def test_the_list_says_what_is_there(command):
     [
         (("--run", "nothing"), "--run: there is no row nothing"),
         (("--run", "resnet50"), "--weights: resnet50 needs them"),
+        (("--run", "short", "--weights", "nowhere"), "--weights: nowhere is no file of weights and no run's best/"),
+        (("--run", "short", "--weights", "docs"), "--weights: .*docs is no file of weights and no run's best/"),
+        (("--run", "short", "--weights", "x" * 300), "--weights: x{300} is no file of weights and no run's best/"),
         (("--run", "deep_cnn", "resnet50", "--weights", "w"), "is there, but not .*resnet50-seed0.made.json"),
     ],
 )
@@ -184,6 +187,25 @@ def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monk
     config = yaml.safe_load((kept / "config.yaml").read_text())
     assert (config["data"]["source"], config["model"]["weights"], config["output_dir"]) == ("DATA", "WEIGHTS", "runs")
     assert not any("somebody" in path.read_text() for path in kept.rglob("*") if path.is_file())
+
+
+def test_the_weights_of_a_run_that_is_resumed_are_those_it_was_started_with(project, args, tmp_path, monkeypatch):
+    """Whatever --weights is now. From a checkpoint it goes on without them, if they are gone."""
+    it, best = row("one", robustness=False, options=results_plan.WEIGHTS), tmp_path / "best"
+    best.mkdir()
+    (best / "model.safetensors").write_bytes(b"its own")
+    args.weights, other = str(best), args.weights
+    scripted(monkeypatch, it, (1, "config.yaml"), (1, "checkpoints/1/state"), (0, *FILES[1:]))
+    with pytest.raises(UserError):
+        results.complete(it, "one-seed0", args)
+    args.weights = other
+    with pytest.raises(UserError):
+        results.complete(it, "one-seed0", args)
+    shutil.rmtree(best)
+    results.complete(it, "one-seed0", args)
+    sessions = json.loads((results_plan.RESULTS / "one-seed0" / "made.json").read_text())["sessions"]
+    its_own = hashlib.sha256(b"its own").hexdigest()
+    assert [session.get("weights_sha256") for session in sessions] == [its_own, its_own, None]
 
 
 def test_a_run_that_left_no_folder_is_started_again(project, args, monkeypatch):
