@@ -254,15 +254,22 @@ def conditions() -> dict:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if anything has changed since that a figure is made by."""
-    makes = ("*.py", "recipes", "accelerate_config.yaml", "requirements.txt")
+    """The commit of the working tree, marked if anything has changed since that a figure is made by.
+
+    A recipe's measured line is none: results.py writes it, and it stays uncommitted while later rows are trained.
+    """
+    git, makes = ["git", "-C", str(ROOT)], ("--", "*.py", "recipes", "accelerate_config.yaml", "requirements.txt")
+    changes = (
+        ["diff", "-I", "^# Measured on ", "HEAD", *makes],
+        ["ls-files", "--others", "--exclude-standard", *makes],
+    )
     try:
-        git = ["git", "-C", str(ROOT)]
         name = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "--", *makes], capture_output=True).stdout
+        looks = [subprocess.run([*git, *words], capture_output=True) for words in changes]
     except OSError:
         return "unknown"
-    return f"{name} and changes" if changed else name or "unknown"
+    changed = any(look.returncode or look.stdout for look in looks)  # a git before 2.30 knows no -I
+    return f"{name}{' and changes' * changed}" if name else "unknown"
 
 
 def machine() -> dict:

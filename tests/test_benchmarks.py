@@ -89,6 +89,30 @@ def test_rows_say_their_conditions_and_no_paths(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out.json").read_text()) == [{"rate": n, "conditions": said} for n in (1, 2)]
 
 
+@pytest.mark.parametrize(
+    ("path", "text", "changed"),
+    [
+        ("recipes/a.yaml", "# Measured on B.\nseed: 1\n", False),
+        ("recipes/a.yaml", "# Measured on B.\nseed: 2\n", True),
+        ("docs/results.md", "figures", False),
+        ("new.py", "", True),
+    ],
+)
+def test_the_commit_is_marked_where_what_figures_are_made_by_has_changed(tmp_path, monkeypatch, path, text, changed):
+    """No such change is what benchmarks/results.py writes into recipes: later rows are not trained by it."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for folder in ("recipes", "docs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "recipes" / "a.yaml").write_text("# Measured on A.\nseed: 1\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(turns, "ROOT", tmp_path)
+    before = turns.commit()
+    assert len(before) == 7
+    (tmp_path / path).write_text(text)
+    assert turns.commit() == before + " and changes" * changed
+
+
 def test_a_stop_is_no_time(tmp_path):
     """Stopped for longer than anything takes here, and then asked what its clock says."""
     script = tmp_path / "waits.py"
