@@ -316,5 +316,6 @@ def command(run: Run) -> str:
         words = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "--mixed_precision", precision]
         words += ["--multi_gpu", "--num_processes", *several] if several else []
         words += ["--cpu"] if found.get("device_type") == "cpu" else []
-    words += script_of(str(run.setting("recipe") or ""))
+    recipe = run.setting("recipe")
+    words += script_of(recipe if isinstance(recipe, str) else "")  # only text names patches
     return plain(shlex.join([*words, "--config", os.path.abspath(run.path / "config.yaml")]))

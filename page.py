@@ -158,6 +158,9 @@ def _robustness(run: Run) -> Table | None:
 
 
 def _yaml(run: Run) -> str:
-    text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+    try:
+        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+    except ValueError:  # Python does not write out a number of thousands of digits
+        return "not shown, as it holds a number of thousands of digits"
     text = "\n".join(map(plain, text[:CONFIG_LENGTH].splitlines()))
     return text + ("\n…" if len(text) >= CONFIG_LENGTH else "")

@@ -249,6 +249,17 @@ def test_a_file_between_the_runs_is_left_out(tmp_path, monkeypatch, capsys):
     assert "run" in said.out and said.err == f"{tmp_path}/report.html: a file, no run folder: left out\n"
 
 
+@pytest.mark.parametrize("field", ["seed", "recipe"])
+def test_a_number_that_python_does_not_write_out(tmp_path, field):
+    """In the page and in the command that trains the run again."""
+    run = write_run(tmp_path / "run", {"head": 1})
+    config = [line for line in (run / "config.yaml").read_text().splitlines() if not line.startswith(f"{field}:")]
+    (run / "config.yaml").write_text("\n".join([*config, f"{field}: 0x{'f' * 9999}"]))
+    report.write_page(report.read_runs([run]), tmp_path / "page.html")
+    assert "a number of thousands of digits" in (tmp_path / "page.html").read_text()
+    assert " train.py --config " in report.markdown(report.read_runs([run]))
+
+
 def test_misspelt_options_are_answered(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", "run", "--ouput", "x.html"])
     with pytest.raises(UserError, match=r"there is no option --ouput; did you mean --output"):
