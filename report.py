@@ -196,7 +196,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     # A page that was written between the runs is among them when the shell has spelt out runs/*.
-    skipped = [path for path in args.runs if path.is_file()] if len(args.runs) > 1 else []
+    skipped = [path for path in args.runs if os.path.isfile(path)]
+    if len(skipped) == len(args.runs):
+        raise UserError(f"{skipped[0]} is a file: name run folders, as in report.py runs/NAME", USAGE)
     for path in skipped:
         print(plain(f"{path}: a file, no run folder: left out"), file=sys.stderr)
     runs = read_runs([path for path in args.runs if path not in skipped])

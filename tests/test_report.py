@@ -249,6 +249,23 @@ def test_a_file_between_the_runs_is_left_out(tmp_path, monkeypatch, capsys):
     assert "run" in said.out and said.err == f"{tmp_path}/report.html: a file, no run folder: left out\n"
 
 
+@pytest.mark.parametrize("files", [["a.html"], ["a.html", "b.html"]])
+def test_files_alone_are_no_runs(tmp_path, monkeypatch, capsys, files):
+    for name in files:
+        (tmp_path / name).write_text("<!doctype html>")
+    monkeypatch.setattr(sys, "argv", ["report.py", *(str(tmp_path / name) for name in files)])
+    with pytest.raises(UserError, match=r"a\.html is a file: name run folders, as in report\.py runs/NAME") as caught:
+        report.main()
+    assert caught.value.exit_code == 2 and capsys.readouterr().err == ""
+
+
+def test_a_name_that_is_too_long_is_no_run(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", {"head": 1})
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run), "x" * 300])
+    with pytest.raises(UserError, match=r"xxx is not a run folder: .*File name too long"):
+        report.main()
+
+
 @pytest.mark.parametrize("field", ["seed", "recipe"])
 def test_a_number_that_python_does_not_write_out(tmp_path, field):
     """In the page and in the command that trains the run again."""
