@@ -4,6 +4,7 @@ Each is a list of distortions of the same images, one after the other, so that o
 and row `i` belongs to distortion `i // images`.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def table(hits: np.ndarray) -> dict:
 
 def _checked(folder: Path, names: Sequence[str], option: str) -> list[Path]:
     """The files' paths; UserError tells of all that are missing, no arrays, or of another shape or type."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib's raises where a name is too long
         raise UserError(f"{option}: there is no folder {folder}", USAGE)
     paths, problems = [folder / f"{name}.npy" for name in names], []
     for path in paths:
@@ -175,7 +176,7 @@ def _checked(folder: Path, names: Sequence[str], option: str) -> list[Path]:
 
 def _mapped(path: Path) -> np.ndarray | str:
     """An .npy file mapped into memory, or what is wrong with it. Never unpickles."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return "is missing"
     try:
         return np.lib.format.open_memmap(path, mode="r")

@@ -16,6 +16,7 @@ of the most confident mistakes. Image size and normalisation are those of the tr
 
 import argparse
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -85,10 +86,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     args = parser.parse_args(argv)
     _check_together(args)
     path = args.run / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib's raises where a name is too long, or in a folder that others may not see
         raise UserError(f"{args.run} is not a run folder: it has no config.yaml", USAGE)
     for needed in ("best/config.json", "best/model.safetensors"):
-        if not (args.run / needed).is_file():
+        if not os.path.isfile(args.run / needed):
             raise UserError(
                 f"{args.run} has no {needed}: the run has not finished an epoch, or lost its weights", USAGE
             )
@@ -111,11 +112,11 @@ def _check_together(args: argparse.Namespace) -> None:
     chosen = next((name for name in WHICH_DATA if f"data.{name}" in vars(args)), None)
     if chosen and (args.images or args.cifar100c or args.ood or args.push_to_hub):
         raise UserError(f"--data.{chosen}: it chooses labelled data, for --split and --robustness", USAGE)
-    if args.output and (not args.output.name or args.output.is_dir()):
+    if args.output and (not args.output.name or os.path.isdir(args.output)):
         raise UserError(f"--output: {args.output} is a folder: name a file in it", USAGE)
-    if args.output and args.output.exists() and not args.output.is_file():
+    if args.output and os.path.exists(args.output) and not os.path.isfile(args.output):
         raise UserError(f"--output: {args.output} is no file that can be replaced", USAGE)
-    if args.images and not args.images.is_dir():
+    if args.images and not os.path.isdir(args.images):
         raise UserError(f"--images: there is no folder {args.images}", USAGE)
 
 
@@ -147,7 +148,6 @@ if __name__ == "__main__":
             hub.check(CONFIG, ARGS.run)
 
 import json
-import os
 
 import torch
 from accelerate import Accelerator
@@ -190,7 +190,7 @@ def predict(args: argparse.Namespace, config: Config) -> None:
     folder = args.run / "predictions"
     with together(accelerator), writing(folder):
         folder.mkdir(exist_ok=True)
-        if args.output and not args.output.absolute().parent.is_dir():
+        if args.output and not os.path.isdir(args.output.absolute().parent):
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
     micro_batch_size = launch.share_of_batch(config, accelerator)[1]
     with faults.told("then run predict.py again", accelerator, micro_batch_size), launch.ended(accelerator):
@@ -282,7 +282,7 @@ def _name(args: argparse.Namespace, part: str) -> str:
 def image_files(folder: Path) -> list[Path]:
     """All files below a folder that have an image's name, sorted; UserError if there are none."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in decoding.FORMATS}
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and path.is_file()]
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and os.path.isfile(path)]
     if not paths:
         raise UserError(f"--images: {folder} holds no image files", USAGE)
     return paths

@@ -426,6 +426,8 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
     result = command("predict.py", str(tmp_path))
     assert result.returncode == 2
     assert result.stderr == f"error: {tmp_path} is not a run folder: it has no config.yaml\n"
+    with pytest.raises(UserError, match=r"x is not a run folder: it has no config\.yaml"):
+        judge("x" * 300)
     (tmp_path / "config.yaml").write_text("recipe: x")
     with pytest.raises(UserError, match=r"has no best/config.json: the run has not finished an epoch, or lost its w"):
         judge(tmp_path)
@@ -445,6 +447,11 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
         (["--images", "nowhere"], "--images: there is no folder nowhere"),
         (["--ood", "nowhere"], "--ood: there is no folder nowhere"),
         (["--cifar100c", "docs"], "gaussian_noise.npy is missing"),
+        (["--images", "x" * 300], "--images: there is no folder x"),
+        (["--ood", "x" * 300], "--ood: there is no folder x"),
+        (["--cifar100c", "x" * 300], "--cifar100c: there is no folder x"),
+        (["--output", "x" * 300], "x can't be written: File name too long"),
+        (["--output", "x" * 300 + "/x.csv"], "--output: there is no folder"),
         (["--output", "nowhere/x.csv"], "--output: there is no folder"),
         (["--output", "."], "--output: . is a folder: name a file in it"),
         (["--output", "docs"], "--output: docs is a folder: name a file in it"),
