@@ -299,13 +299,16 @@ def images(
         "image", "label", 1, data.first_size(rows, "image", config, None), config.image_size, skip=skip
     )
     loader = loading.batches(rows, config, model.batch_size, collate)
-    target, seen = args.output or folder / f"images-{_plain_name(args.images)}{_suffix(args)}.csv", 0
+    target = args.output or folder / f"images-{_plain_name(args.images)}{_suffix(args)}.csv"
+    seen = corrupt = 0
     with predictions_csv(accelerator, target, model.class_names) as write:
         for batch in model(loader, len(rows), "images"):
             ids = [path.relative_to(args.images).as_posix() for path in paths[seen : seen + len(batch.labels)]]
             write(ids, batch)
             seen += len(batch.labels)
-    accelerator.print(f"written: {target} ({seen:,} images)")
+            corrupt += int((batch.labels == IGNORED).sum())
+    left_out = f", {corrupt:,} can't be decoded" if corrupt else ""
+    accelerator.print(f"written: {target} ({seen - corrupt:,} images{left_out})")
 
 
 # ---- distorted images -----------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ for options in json.loads(sys.argv[1]):
 # ---- images without labels ------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_images(run, parquet, tmp_path):
+def test_a_folder_of_images(run, parquet, tmp_path, capsys):
     judge(run)
     folder = tmp_path / "my photos"
     (folder / "deep" / "er").mkdir(parents=True)
@@ -266,7 +266,9 @@ def test_a_folder_of_images(run, parquet, tmp_path):
     for row, name in ((0, "a.png"), (1, "deep/b, c.PNG"), (2, "deep/er/d.png")):
         (folder / name).write_bytes(rows[row]["img"]["bytes"])
     (folder / "notes.txt").write_text("no image")
+    capsys.readouterr()
     judge(run, "--images", folder)
+    assert capsys.readouterr().out.endswith("images-my-photos.csv (3 images)\n")
     found, expected = table(run / "predictions" / "images-my-photos.csv"), table(run / "predictions" / "test.csv")
     assert [row["id"] for row in found] == ["a.png", "deep/b, c.PNG", "deep/er/d.png"]
     for one, two in zip(found, expected, strict=False):
@@ -277,7 +279,9 @@ def test_a_folder_of_images(run, parquet, tmp_path):
     (folder / "z.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"z.jpg can't be decoded: it is in no format that is read here"):
         judge(run, "--images", folder)
+    capsys.readouterr()
     judge(run, "--images", folder, "--data.on_corrupt", "skip", "--output", tmp_path / "out.csv")
+    assert capsys.readouterr().out == f"written: {tmp_path}/out.csv (5 images, 1 can't be decoded)\n"
     assert [row["id"] for row in table(tmp_path / "out.csv")][-2:] == ["http::b.png", "large.jpg"]
 
 
