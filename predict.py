@@ -94,7 +94,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
                 f"{args.run} has no {needed}: the run has not finished an epoch, or lost its weights", USAGE
             )
     tree, overrides = read_yaml(path), {key: value for key, value in vars(args).items() if key.startswith("data.")}
-    config = overridden(tree | {"tracking": "none"}, overrides, path)
+    # Nothing is augmented here, and nothing mixed, which would ask for batches of more than one image.
+    config = overridden(tree | {"tracking": "none", "augment": {"policy": "none"}}, overrides, path)
     # The weights are the run's own: nothing else is wanted from the hub than, perhaps, the data.
     return args, dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
 

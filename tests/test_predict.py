@@ -415,6 +415,15 @@ def test_two_classes_that_are_not_square(parquet, tmp_path, pictures):
         judge(run, "--images", pictures, "--limit", "2")
 
 
+def test_a_run_that_mixed_its_images_is_judged_one_by_one(run):
+    """Which is told to be impossible in training; here there is nothing to mix."""
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    recorded["augment"]["mix"] = "cutmix"
+    (run / "config.yaml").write_text(yaml.safe_dump(recorded))
+    judge(run, "--limit", "2", "--data.batch_size", "1")
+    assert figures(run, "test-limit2")["rows"] == 2
+
+
 def test_a_run_with_pretrained_weights_needs_no_hub(run, command):
     """What it started from is of no interest any more, even where no checkpoint is left."""
     recorded = yaml.safe_load((run / "config.yaml").read_text())
