@@ -205,10 +205,13 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
 
 
 def _has_key() -> bool:
+    """Whether W&B will find a key: in the environment, or in the one netrc file that it looks into."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    at_home = map(os.path.expanduser, ("~/.netrc", "~/_netrc"))
+    path = os.environ.get("NETRC") or next(filter(os.path.exists, at_home), "")
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return netrc.netrc(os.path.expanduser(path)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

@@ -140,7 +140,7 @@ def test_the_bar_tells_the_rate_and_what_is_left_of_what_is_trained_now(start, m
 
 @pytest.fixture
 def no_account(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     wandb.teardown()  # it remembers the environment of its first use
@@ -157,6 +157,27 @@ def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, 
     assert f"W&B: there is no API key: offline. To upload later: wandb sync {tmp_path}/wandb/offline-run-*" in err
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert json.loads((tmp_path / "summary.json").read_text()) == {"test_top1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("files", "environment", "has_key"),
+    [
+        ({".netrc": "api.wandb.ai"}, {}, True),
+        ({"_netrc": "api.wandb.ai"}, {}, True),
+        ({".netrc": "example.org", "_netrc": "api.wandb.ai"}, {}, False),
+        ({"mine": "api.wandb.ai"}, {"NETRC": "~/mine"}, True),
+        ({"mine": "example.org", ".netrc": "api.wandb.ai"}, {"NETRC": "~/mine"}, False),
+        ({".netrc": "localhost:8080"}, {"WANDB_BASE_URL": "http://localhost:8080"}, True),
+        ({}, {}, False),
+    ],
+)
+def test_a_key_is_looked_for_where_wandb_does(tmp_path, no_account, monkeypatch, files, environment, has_key):
+    for name, host in files.items():
+        (tmp_path / name).write_text(f"machine {host} login user password {'0' * 40}\n")
+        (tmp_path / name).chmod(0o600)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert tracking._has_key() is has_key
 
 
 def test_wandb_that_can_not_be_reached_goes_offline_too(start, tmp_path, no_account, monkeypatch, capsys):
