@@ -72,12 +72,20 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
             output_dir.glob("*/config.yaml"),
             key=lambda path: (any(path.parent.glob("checkpoints/[0-9]*")), path.stat().st_mtime),
         )
-        run = next((path.parent for path in reversed(known) if read_yaml(path).get("recipe") == name), None)
+        run = next((path.parent for path in reversed(known) if _recorded_recipe(path) == name), None)
         if run is None:
             raise UserError(f"--resume: {output_dir} holds no run of the recipe {name}; name one: --resume RUN", USAGE)
     if not os.path.isfile(run / "config.yaml"):  # pathlib's raises where a name is too long
         raise UserError(f"--resume: {run} is not a run folder (it has no config.yaml)", USAGE)
     return run
+
+
+def _recorded_recipe(path: Path) -> str | None:
+    """The recipe that a run's config.yaml names; None if it is damaged, and so not the one to go on with."""
+    try:
+        return read_yaml(path).get("recipe")
+    except UserError:
+        return None
 
 
 def _recipe_name(path: Path) -> str:

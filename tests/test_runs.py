@@ -206,6 +206,10 @@ def test_resume_finds_the_named_run_and_the_recipes_newest(tmp_path, monkeypatch
     )
     assert (run, config.recipe, config.phases["train"].epochs) == (tmp_path / "other", "deep_cnn", 3)
     assert parse(["--resume", str(tmp_path / "old")])[1] == tmp_path / "old"
+    for name, text in (("cut", "model: {name"), ("list", "- 1"), ("binary", "\x00")):  # younger ones
+        (tmp_path / name / "checkpoints" / "00001-000000009").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(text)
+    assert parse([*recipe, "--resume"])[1] == tmp_path / "old", "what is damaged is no run of the recipe"
     for argv, said in (
         (["--resume", "--output_dir", str(tmp_path)], "holds no run of the recipe resnet50"),
         (["--resume", "--run_name", "x", "--output_dir", str(tmp_path)], "x is not a run folder"),
