@@ -31,15 +31,16 @@ def script_of(recipe: str) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as recipes mean it: a key is text and comes once, dates stay text, and nothing refers to something else.
+    """YAML as recipes mean it: a key is text and comes once, and nothing refers to something else.
 
     Left alone PyYAML silently takes the last of two equal keys, and aliases of aliases make a small file huge.
     """
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    def resolve(self, kind, value, implicit):
+        """Dates stay text, and so do 010 and 1:30, which YAML 1.1 reads as 8 and 90: a field may take 010 for ten."""
+        tag = super().resolve(kind, value, implicit)
+        misread = tag.endswith((":int", ":float")) and re.match(r"[-+]?0[0-7_]+$|.*:", value)
+        return self.DEFAULT_SCALAR_TAG if misread or tag.endswith(":timestamp") else tag
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):

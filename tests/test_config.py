@@ -148,6 +148,32 @@ def test_numbers_and_dates_mean_what_they_look_like(tmp_path):
     assert parsed.run_name == "2026-11-23"
 
 
+@pytest.mark.parametrize(
+    ("text", "seed"),
+    [("010", 10), ("-0", 0), ("1_000", 1000), ("0x10", 16), ("0b11", 3), ("7", 7), ("00", 0), ("08", 8)],
+)
+def test_a_leading_zero_makes_no_octal_number(tmp_path, text, seed):
+    """As it does in YAML 1.1, to which 010 is 8. Here it is ten; what was a number by its looks stays one."""
+    assert parse(["--seed", text])[0].seed == seed
+    (tmp_path / "r.yaml").write_text(f"{ONE}\nseed: {text}")
+    assert parse(["--config", str(tmp_path / "r.yaml")])[0].seed == seed
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--seed 1:30", "seed: should be a valid integer, unable to parse string as an integer, not '1:30'"),
+        ("--clip_norm 1:30.5", "clip_norm: should be a valid number, unable to parse string as a number, not '1:30.5'"),
+        ("--data.micro_batch_size 010", "data.micro_batch_size: should be a whole number from 1, or auto, not '010'"),
+    ],
+)
+def test_a_time_is_no_number(option, said):
+    """As it is in YAML 1.1, to which 1:30 is 90. Where a word may stand as well, 010 is told, too."""
+    with pytest.raises(UserError) as caught:
+        parse(option.split())
+    assert said in str(caught.value)
+
+
 def test_any_number_of_phases():
     names = [f"p{i}" for i in range(5)]
     parsed = check({"phases": {name: tree()["phases"]["only"] for name in names}}, "test")
