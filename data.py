@@ -26,6 +26,8 @@ from decoding import ROW, CorruptImage, bytes_of, corrupt, decode
 from errors import USAGE, UserError, first_line
 from processes import on_main
 
+MANY = 100_000  # classes that are told by numbers
+
 
 @dataclass(frozen=True)
 class Data:
@@ -65,7 +67,7 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     image, label = _columns(train.features, config)
     class_labels = train.select_columns([name for name, kind in train.features.items() if isinstance(kind, ClassLabel)])
 
-    train, classes = _with_classes(_encoded(train, image, label, config.train_split), label, config)
+    train, classes = _with_classes(_encoded(train, image, label, config.train_split), label, config, only_test)
     if test is not None:
         test = _encoded(test, image, label, config.test_split)
         if isinstance(test, Dataset) and test.features != train.features:  # whole numbers
@@ -155,10 +157,11 @@ def _open(config: DataConfig) -> Mapping:
         if kind == "embedded":
             return _embedded(config.embedded_rows, streams)
         if kind == "parquet":
-            return datasets.load_dataset("parquet", data_files=_parquet_files(config.source), streaming=streams)
+            files = {split: [*map(glob.escape, names)] for split, names in _parquet_files(config.source).items()}
+            return datasets.load_dataset("parquet", data_files=files, streaming=streams)
         if kind == "folder":
-            folder = str(Path(config.source).expanduser())
-            return datasets.load_dataset("imagefolder", data_dir=folder, drop_labels=False, streaming=streams)
+            files = _class_folders(Path(config.source).expanduser())
+            return datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
         if streams and hub.offline():  # a stream has no cache; what was downloaded earlier is read as one
             return {name: split.to_iterable_dataset() for name, split in datasets.load_dataset(config.source).items()}
         return datasets.load_dataset(config.source, streaming=streams)
@@ -202,6 +205,22 @@ def _draw(starts: list[int], split: str, rows: int):
                 yield row
 
 
+def _class_folders(folder: Path) -> dict[str, str]:
+    """Patterns of the files of each split: of the subfolders that hold folders, one a class; without these all files.
+
+    Left to find the splits itself, `datasets` goes by words anywhere in a path: a class called train, or test_tube, is
+    a split to it, and rows of other splits are mixed into it.
+    """
+
+    def subfolders(of: Path) -> list[Path]:
+        return [path for path in sorted(of.iterdir()) if path.is_dir() and not path.name.startswith((".", "__"))]
+
+    splits = [path for path in subfolders(folder) if subfolders(path)]
+    if splits:
+        return {path.name: f"{glob.escape(str(path))}/**" for path in splits}
+    return {"train": f"{glob.escape(str(folder))}/**"}
+
+
 def _parquet_files(source: str) -> dict[str, list[str]]:
     """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet.
 
@@ -220,7 +239,13 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"data.source: {name} is no whole parquet file: {first_line(error)}") from error
         rows[split] = rows.get(split, 0) + end.num_rows
-        for column, feature in Features.from_arrow_schema(end.schema.to_arrow_schema()).items():
+        try:
+            features = Features.from_arrow_schema(end.schema.to_arrow_schema())
+        except Exception as error:  # types of a newer `datasets`, or a description that is none
+            raise UserError(
+                f"data.source: {name} has columns that this `datasets` can't read: {first_line(error)}"
+            ) from error
+        for column, feature in features.items():
             # `datasets` takes the names of one file for all of them, and labels would silently change their meaning.
             if isinstance(feature, ClassLabel) and feature.names != classes.setdefault(column, feature.names):
                 odd = [one for one in feature.names if one not in classes[column]][:5]
@@ -291,7 +316,7 @@ def _encoded(rows, image: str, label: str, split: str):
         ) from error
 
 
-def _with_classes(split, label: str, config: DataConfig):
+def _with_classes(split, label: str, config: DataConfig, only_test: bool):
     """The split with its label as a ClassLabel, and the class names; whole numbers are given the names 0, 1, ..."""
     feature = split.features[label]
     if isinstance(feature, ClassLabel):
@@ -308,9 +333,10 @@ def _with_classes(split, label: str, config: DataConfig):
             USAGE,
         )
     most = max((value for value in split.unique(label) if value is not None), default=0)
-    if most >= len(split):
+    if most >= (MANY if only_test else len(split)):  # a test split alone may lack any class
+        than = f"{MANY:,}" if only_test else "it has rows"
         raise UserError(
-            f"data.label: column '{label}' of {config.source} holds {most}, more than it has rows; classes count from 0"
+            f"data.label: column '{label}' of {config.source} holds {most}, more than {than}; classes count from 0"
         )
     names = [str(value) for value in range(most + 1)]
     _classes_with_rows(split, config.train_split, label, names, config)
@@ -340,18 +366,24 @@ def superclasses(data: Data) -> dict[str, str] | None:
     """Each class's superclass, by name, if the data have a second, coarser label, as CIFAR-100 has; None otherwise.
 
     Of a stream, so many rows are read that each class was seen once.
+
+    Raises:
+        UserError: rows can't be read.
     """
     features = data.class_labels.features
     coarser = {name: kind.num_classes for name, kind in features.items() if kind.num_classes < len(data.class_names)}
     if data.label not in features or not coarser:
         return None
     column, found = max(coarser, key=coarser.get), {}
-    for rows in data.class_labels.iter(1000):
-        for label, above in zip(rows[data.label], rows[column], strict=True):
-            if found.setdefault(label, above) != above:
-                return None  # a label of another kind: it splits classes
-        if isinstance(data.class_labels, IterableDataset) and len(found) == len(data.class_names):
-            break
+    try:
+        for rows in data.class_labels.iter(1000):
+            for label, above in zip(rows[data.label], rows[column], strict=True):
+                if found.setdefault(label, above) != above:
+                    return None  # a label of another kind: it splits classes
+            if isinstance(data.class_labels, IterableDataset) and len(found) == len(data.class_names):
+                break
+    except Exception as error:  # whatever can go wrong with a file, a format or a connection
+        raise UserError(f"data.train_split: column '{column}' can't be read: {first_line(error)}") from error
     named = {label: above for label, above in found.items() if None not in (label, above) and min(label, above) >= 0}
     return {data.class_names[label]: features[column].names[above] for label, above in named.items()}
 
@@ -359,7 +391,7 @@ def superclasses(data: Data) -> dict[str, str] | None:
 def _classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
     """The labels that occur; UserError names the first row whose label is missing or none of the classes."""
     column = rows.data.column(label)
-    values = column.fill_null(-1).to_numpy()
+    values = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))
     if len(wrong):
         way_on = "; --data.test_split null does without test figures" if split == config.test_split else ""
@@ -384,7 +416,10 @@ def facts(data: Data) -> dict:
     """What a resumed run has to find unchanged, as far as it can be told without reading the images."""
     splits = {"training rows": data.train, "validation rows": data.validation}
     rows = {name: None if is_streamed(data) or split is None else len(split) for name, split in splits.items()}
-    return rows | {"classes": list(data.class_names), "first image's size": list(data.size)}
+    found = rows | {"classes": list(data.class_names), "first image's size": list(data.size)}
+    if is_streamed(data):  # decides the order; from the cache, without the hub, it is read as one
+        found["files of the stream"] = data.train.stream.in_order.rows.num_shards
+    return found
 
 
 def describe(data: Data, config: DataConfig) -> str:

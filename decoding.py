@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
+from PIL import ExifTags, ImageOps, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 
 import hub
 from errors import UserError, first_line
@@ -22,6 +22,15 @@ PILImage.init()
 # Pictures made of pixels. Pillow hands others to programs that run what is in them: Ghostscript, for one.
 PIXELS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS = tuple(name for name in PIXELS if name in PILImage.OPEN)
+TURNED = {  # by EXIF's orientation: what makes a photo stand as the camera was held
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
 
 if not hub.offline():
     hub.persist()  # here, so that a loader's worker that is not forked has it too: it imports this for `Collate`
@@ -37,31 +46,54 @@ def bytes_of(encoded: Mapping | None) -> bytes:
         return b""
     if encoded["bytes"] is not None:
         return encoded["bytes"]
+    path = encoded["path"]
     try:
-        # What is on this disk is read as what it is called; to the other one `::` in a name means something.
-        with (open if os.path.isfile(encoded["path"]) else xopen)(encoded["path"], "rb") as file:
+        if os.path.isfile(path):  # read as what it is called; to the other one `::` in a name means something
+            with open(path, "rb") as file:
+                return file.read()
+        # A dataset of others' making may name what it likes: neither devices nor servers are asked for it.
+        if os.path.exists(path):
+            raise OSError("it is no file")
+        if "://" in (where := path.rsplit("::", 1)[-1]) and not where.startswith("hf://"):
+            raise OSError("images are read from this machine and from the hub alone")
+        with xopen(path, "rb") as file:
             return file.read()
     except Exception as error:  # from a missing file to a lost connection
-        raise UserError(f"{encoded['path']} can't be read: {first_line(error)}") from error
+        raise UserError(f"{path} can't be read: {first_line(error)}") from error
 
 
 def decode(encoded: Mapping | None) -> PILImage.Image:
     """An encoded image ({"bytes", "path"}) as an RGB PIL image, whatever mode it was stored in.
 
     Raises:
-        CorruptImage: the bytes are not an image that Pillow can read.
+        CorruptImage: the bytes are not an image that Pillow can read, or one whose pixels have no known range.
         UserError: there are no bytes to be had from its path.
     """
     content = bytes_of(encoded)
     try:
-        image = ImageOps.exif_transpose(PILImage.open(io.BytesIO(content), formats=FORMATS))  # as the camera was held
-        if image.mode.startswith("I"):  # 16 bits a pixel, of which Pillow's conversion would cut off what is above 255
+        image = PILImage.open(io.BytesIO(content), formats=FORMATS)
+        turned = TURNED.get(_orientation(image))
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            # 16 bits a pixel, of which Pillow's conversion would cut off what is above 255.
             image = PILImage.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
+        if image.mode in ("I", "F"):
+            raise CorruptImage("it has 32 bits a pixel, and nothing says which value is white")
+        image = image.convert("RGB")
+        return image if turned is None else image.transpose(turned)
+    except CorruptImage:
+        raise
     except UnidentifiedImageError:
         raise CorruptImage("it is in no format that is read here" if content else "it is empty") from None
     except Exception as error:  # Pillow's readers raise a dozen types on broken bytes
         raise CorruptImage(first_line(error)) from error
+
+
+def _orientation(image: PILImage.Image) -> int | None:
+    """How the camera was held, as EXIF counts it; None where it says nothing that can be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # garbage in EXIF; the pixels may be whole all the same
+        return None
 
 
 def corrupt(row: Mapping, image: str, split: str, error: CorruptImage) -> UserError:

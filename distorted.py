@@ -92,15 +92,17 @@ class Corrupted(Dataset):
 
 
 def known_classes(class_names: list[str], option: str) -> list[str]:
-    """The names of the files' labels: CIFAR-100's, or the run's own numbers, if these are its names.
+    """The names of the files' labels as the run has them: CIFAR-100's, also as the hub spells them, or numbers.
 
     Raises:
         UserError: the run was trained on something else.
     """
+    on_the_hub = ["cra" if name == "crab" else name for name in CIFAR100]
     numbers = [str(number) for number in range(len(CIFAR100))]
-    if sorted(class_names) not in (sorted(CIFAR100), sorted(numbers)):
-        raise UserError(f"{option}: its images are of CIFAR-100's classes, and the run was not trained on these", USAGE)
-    return list(CIFAR100) if sorted(class_names) == sorted(CIFAR100) else numbers
+    for names in (list(CIFAR100), on_the_hub, numbers):
+        if sorted(names) == sorted(class_names):
+            return names
+    raise UserError(f"{option}: its images are of CIFAR-100's classes, and the run was not trained on these", USAGE)
 
 
 def course(folder: Path) -> Files:

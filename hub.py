@@ -34,7 +34,8 @@ def endpoint() -> str:
 
 def offline() -> bool:
     """Whether the libraries have been told to use the cache alone, by the user or by `check`."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")  # each library has its own
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
 
 
 def check(config: Config, resume: Path | None = None) -> None:
@@ -48,9 +49,9 @@ def check(config: Config, resume: Path | None = None) -> None:
     if offline() or not (wants_data or wants_weights) or _answers():
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub_cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    datasets_cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    home = _folder("HF_HOME", _folder("XDG_CACHE_HOME", Path("~/.cache")) / "huggingface")
+    hub_cache = _folder("HF_HUB_CACHE", _folder("HUGGINGFACE_HUB_CACHE", home / "hub"))
+    datasets_cache = _folder("HF_DATASETS_CACHE", home / "datasets")
     source = config.data.source
     kept = (datasets_cache / source.replace("/", "___"), hub_cache / f"datasets--{source.replace('/', '--')}")
     if wants_data and not any(folder.exists() for folder in kept):
@@ -59,6 +60,11 @@ def check(config: Config, resume: Path | None = None) -> None:
         raise unreachable(f"timm's pretrained {config.model.name}")
     if os.environ.get("RANK", "0") == "0":
         print(f"The hub ({endpoint()}) can't be reached: using only what is in this machine's cache.", file=sys.stderr)
+
+
+def _folder(variable: str, otherwise: Path) -> Path:
+    """A folder that an environment variable names, as the libraries read it."""
+    return Path(os.environ.get(variable, otherwise)).expanduser()
 
 
 def unreachable(wanted: str) -> UserError:

@@ -1,7 +1,10 @@
+import json
 import os
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from images import encode, noise, parquet_of
@@ -44,7 +47,7 @@ def test_a_folder_of_images_one_subfolder_a_class(tmp_path, streaming):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
-            for i, image in enumerate(noise(12, seed=hash((split, name)) % 1000)):
+            for i, image in enumerate(noise(12, seed=len(list(tmp_path.rglob("*"))))):
                 image.save(tmp_path / split / name / f"{i}.png")
     config = DataConfig(source=str(tmp_path), streaming=streaming, workers=0)
     source = data.load(config)
@@ -52,6 +55,58 @@ def test_a_folder_of_images_one_subfolder_a_class(tmp_path, streaming):
     batch = next(iter(loading.loader(source, "test", config, 24)))
     assert batch["image"].shape == (24, 3, 16, 16)
     assert batch["label"].sum() == 12
+
+
+def folder_of_classes(folder, counts):
+    """Different images in folders of these names, so many in each."""
+    images = iter(noise(sum(counts.values())))
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            next(images).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["train", "test_tube", "validation-set", "tube [1]"])
+def test_a_class_may_be_called_like_a_split(tmp_path, name, streaming):
+    """CIFAR-100 has trains. `datasets` takes such a folder for a split, and mixes test images into training."""
+    counts = {"train/apple": 20, f"train/{name}": 30, "test/apple": 4, f"test/{name}": 6}
+    source = load(folder_of_classes(tmp_path, counts), folds=None, streaming=streaming, batch_size=8)
+    assert source.class_names == sorted(["apple", name])
+    splits = {"train": source.train, "test": source.test}
+    paths = {split: [row["image"]["path"] for row in rows] for split, rows in splits.items()}
+    assert {split: len(each) for split, each in paths.items()} == {"train": 50, "test": 10}
+    assert all(f"{tmp_path}/{split}/" in path for split, each in paths.items() for path in each)
+
+
+@pytest.mark.parametrize("name", ["train", "test_tube", "tube [1]"])
+def test_without_splits_a_class_may_be_called_like_one_too(tmp_path, name):
+    source = load(folder_of_classes(tmp_path, {"apple": 20, name: 30}), test_split=None, folds=None)
+    assert (source.class_names, len(source.train)) == (sorted(["apple", name]), 50)
+
+
+def test_hidden_folders_are_neither_splits_nor_classes(tmp_path):
+    counts = {"train/a": 20, "train/b": 20, "test/a": 4, "test/b": 4}
+    counts |= {".cache/x": 3, "train/.thumbs": 3, "__MACOSX/train": 3}
+    source = load(folder_of_classes(tmp_path, counts), folds=None)
+    assert (source.class_names, len(source.train), len(source.test)) == (["a", "b"], 40, 8)
+
+
+def test_other_names_of_splits_are_told(tmp_path):
+    counts = {"training/a": 20, "training/b": 20, "testing/a": 4, "testing/b": 4}
+    folder = folder_of_classes(tmp_path, counts)
+    with pytest.raises(UserError, match="has no split 'train'; it has testing, training: name one"):
+        load(folder, test_split=None)
+    source = load(folder, train_split="training", test_split="testing", folds=None)
+    assert (len(source.train), len(source.test)) == (40, 8)
+
+
+def test_brackets_in_a_path_are_taken_as_they_are(tmp_path):
+    folder = tmp_path / "photos [1]"
+    folder.mkdir()
+    parquet_of(folder, [encode(image) for image in noise(40)])
+    assert len(load(folder, folds=None).train) == 40
 
 
 def test_class_folders_alone_have_no_test_split_and_say_the_way_on(tmp_path):
@@ -103,6 +158,54 @@ def test_parquet_made_elsewhere_with_plain_bytes_and_whole_numbers(tmp_path):
     parquet_of(tmp_path, images, labels=[-1] * 30, features=features)
     with pytest.raises(UserError, match=r"holds -1 in row 0 of split 'train', .* \(they count from 0\)"):
         load(tmp_path, image="image", label="label")
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint64", "int8", "int32"])
+def test_labels_of_any_whole_number_type(tmp_path, dtype):
+    features = Features(image=Image(), label=Value(dtype))
+    folder = parquet_of(tmp_path, [encode(image) for image in noise(40)], features=features)
+    source = load(folder, label="label")
+    assert source.class_names == ["0", "1"]
+
+
+def test_a_test_file_alone_may_have_few_rows_of_many_numbered_classes(tmp_path):
+    images, features = [encode(image) for image in noise(20)], Features(image=Image(), label=Value("int64"))
+    parquet_of(tmp_path, images, labels=range(0, 100, 5), features=features)
+    (tmp_path / "train.parquet").unlink()
+    source = data.load(DataConfig(source=str(tmp_path), label="label"), only_test=True)
+    assert len(source.test) == 20 and len(source.class_names) == 96
+
+
+def test_columns_of_a_type_that_is_not_known_are_told(tmp_path):
+    table = pa.table({"image": [b""], "label": [0]})
+    described = {"info": {"features": {"label": {"_type": "LabelOfTheFuture"}}}}
+    pa.parquet.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps(described)}), tmp_path / "train.parquet"
+    )
+    with pytest.raises(UserError, match=r"data.source: .*train.parquet .*LabelOfTheFuture"):
+        load(tmp_path)
+
+
+def test_a_resumed_run_must_find_its_stream_in_as_many_files(tmp_path):
+    """Each file is read by itself, so that their number decides the order of the rows."""
+    parquet_of(tmp_path, [encode(image) for image in noise(40)])
+    one = data.facts(load(tmp_path, streaming=True, batch_size=8))
+    (tmp_path / "train-2.parquet").hardlink_to(tmp_path / "train.parquet")
+    two = data.facts(load(tmp_path, streaming=True, batch_size=8))
+    assert two == one | {"files of the stream": 2} != one
+    assert "files of the stream" not in data.facts(load(tmp_path))
+
+
+def test_superclasses_that_cannot_be_read_are_told():
+    def fails():
+        yield {"fine": 0, "coarse": 0}
+        raise OSError("a damaged page")
+
+    features = Features(fine=ClassLabel(names=["a", "b", "c"]), coarse=ClassLabel(names=["x", "y"]))
+    rows = datasets.IterableDataset.from_generator(fails, features=features)
+    source = data.Data(None, None, None, "image", "fine", rows, ["a", "b", "c"], (8, 8))
+    with pytest.raises(UserError, match=r"data.train_split: column 'coarse' can't be read: a damaged page"):
+        data.superclasses(source)
 
 
 def test_an_empty_split_is_an_error(tmp_path):

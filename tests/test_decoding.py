@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from images import encode, noise, png_header
-from PIL import ExifTags
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
 import decoding
@@ -27,6 +27,52 @@ def test_a_photo_stands_as_the_camera_was_held():
     file = io.BytesIO()
     upright.transpose(PILImage.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
     assert np.array_equal(decoding.decode({"bytes": file.getvalue(), "path": None}), upright)
+
+
+def test_a_turned_photo_whose_other_facts_are_odd_is_no_corrupt_one():
+    """Pillow's own turning writes all of a photo's EXIF anew, and fails at a tag of an unexpected type."""
+    stored, exif, file = noise(1, (8, 16))[0], PILImage.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 8
+    exif[ExifTags.Base.ResolutionUnit] = "inch"  # where a number is expected
+    stored.save(file, "JPEG", exif=exif.tobytes())
+    without = decoding.decode(encode(stored, "JPEG"))
+    turned = decoding.decode({"bytes": file.getvalue(), "path": None})
+    assert np.array_equal(turned, without.transpose(PILImage.Transpose.ROTATE_90))
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_photos_are_turned_as_pillow_turns_them(turned):
+    exif, file = PILImage.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = turned
+    noise(1, (8, 16))[0].save(file, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(PILImage.open(io.BytesIO(file.getvalue())))
+    assert np.array_equal(decoding.decode({"bytes": file.getvalue(), "path": None}), expected)
+
+
+def test_a_photo_whose_facts_are_garbage_stands_as_it_is():
+    image, file = noise(1, (8, 16))[0], io.BytesIO()
+    image.save(file, "PNG", exif=b"Exif\0\0garbage of no format")
+    assert np.array_equal(decoding.decode({"bytes": file.getvalue(), "path": None}), image)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_known_range_are_told(dtype):
+    """Read as 16 bits they would be black."""
+    with pytest.raises(decoding.CorruptImage, match="32 bits a pixel"):
+        decoding.decode(encode(PILImage.fromarray(np.ones((8, 8), dtype)), "TIFF"))
+
+
+@pytest.mark.parametrize(
+    "path, said",
+    [
+        ("http://169.254.169.254/latest/x.png", "images are read from this machine and from the hub"),
+        ("zip://x.png::ftp://somewhere/x.zip", "images are read from this machine and from the hub"),
+        ("/dev/zero", "it is no file"),
+    ],
+)
+def test_a_dataset_can_have_nothing_opened_but_files_of_this_machine_and_the_hub(path, said):
+    with pytest.raises(UserError, match=f"{path} can't be read: {said}"):
+        decoding.decode({"bytes": None, "path": path})
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])

@@ -116,6 +116,8 @@ def test_labels_are_cifar_100s_classes_or_numbers():
     names = list(distorted.CIFAR100)
     assert len(set(names)) == 100 and names == sorted(names)
     assert distorted.known_classes(names[::-1], "--ood") == names
+    of_the_hub = ["cra" if name == "crab" else name for name in names]  # as uoft-cs/cifar100 spells it
+    assert distorted.known_classes(of_the_hub[::-1], "--ood") == of_the_hub
     numbers = [str(number) for number in range(100)]
     assert distorted.known_classes(numbers, "--ood") == numbers
     for others in (names[:99], [*names[:99], "unicorn"], ["yes", "no"]):

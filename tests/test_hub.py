@@ -160,6 +160,43 @@ def test_weights_that_are_not_in_a_cache_of_others_are_missed_before_any_data_ar
     assert "timm's pretrained test_resnet is not in this machine's cache" in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("where", "caches"),
+    [
+        ({"XDG_CACHE_HOME": "{}"}, "huggingface/{}"),
+        ({"HF_HOME": "{}/home"}, "home/{}"),
+        ({"XDG_CACHE_HOME": "{}/other", "HF_HOME": "~/home"}, "home/{}"),
+        ({"HUGGINGFACE_HUB_CACHE": "{}/hub", "HF_DATASETS_CACHE": "{}/datasets"}, "{}"),
+        ({"HF_HUB_CACHE": "~/hub", "HUGGINGFACE_HUB_CACHE": "{}/old", "HF_DATASETS_CACHE": "{}/datasets"}, "{}"),
+    ],
+)
+def test_caches_are_looked_for_where_the_libraries_have_them(where, caches, tmp_path, monkeypatch):
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (where | {"HOME": "{}", "HF_ENDPOINT": closed_port(), "HF_HUB_OFFLINE": "0"}).items():
+        monkeypatch.setenv(name, str(value).format(tmp_path))
+    config, _ = parse(["--data.source", "x/y", "--model.name", "resnet18"])
+    with pytest.raises(UserError, match="the dataset x/y is not in this machine's cache"):
+        hub.check(config)
+    (tmp_path / caches.format("datasets") / "x___y").mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(UserError, match="timm's pretrained resnet18 is not in this machine's cache"):
+        hub.check(config)
+    (tmp_path / caches.format("hub") / "models--timm--resnet18").mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    hub.check(config)
+    assert hub.offline()
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_the_libraries_own_words_for_offline_are_known(name, monkeypatch):
+    for each in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(each, raising=False)
+    assert not hub.offline()
+    monkeypatch.setenv(name, "1")
+    assert hub.offline()
+
+
 def test_a_hub_that_accepts_but_never_answers_is_given_up_soon(monkeypatch):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
