@@ -25,7 +25,8 @@ GROUPS = {  # the first one of which a word is in the operation's name
     "batch norms": ("batch_norm", "batchnorm"),
     "optimizer": ("adam", "sgd", "optimizer"),
     "copies": ("copy", "contiguous", "clone"),
-    "pooling, linear layers, ReLU": ("pool", "mm", "linear", "threshold", "relu", "clamp_min"),
+    "matrix products": ("mm", "linear"),  # linear layers, and on a CPU convolutions of small maps
+    "pooling, ReLU": ("pool", "threshold", "relu", "clamp_min"),
     "augmentation's resampling": ("grid", "affine"),
 }
 
