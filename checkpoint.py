@@ -8,7 +8,6 @@ Nothing here unpickles foreign objects.
 """
 
 import copy
-import hashlib
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from config import CheckpointConfig
 from errors import USAGE, UserError
+from files import digest, to_disk
 from metrics import Classification
 from phases import RunState
 from processes import agreed, together
@@ -78,7 +78,7 @@ class Checkpoints:
                 _seal(unfinished)
                 _remove(target)
                 os.replace(unfinished, target)
-                _to_disk(folder)
+                to_disk(folder)
                 self._prune(target)
         except Exception:
             shutil.rmtree(unfinished, ignore_errors=True)  # of no use, and perhaps it is space that is wanting
@@ -174,21 +174,12 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def digest(path: Path) -> str:
-    """A file's SHA-256, as 64 hexadecimal digits; OSError if it can't be read."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
-
-
 def _seal(folder: Path) -> None:
     """Write the manifest and see to it that everything has reached the disk."""
     manifest = {name: digest(path) for name, path in _files(folder).items()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*_files(folder).values(), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _to_disk(path)
+        to_disk(path)
 
 
 def _fault(folder: Path) -> str | None:
@@ -208,30 +199,6 @@ def _fault(folder: Path) -> str | None:
         except OSError as error:  # a bad sector, say
             return f"{name} can't be read ({error.strerror})"
     return None
-
-
-def _to_disk(path: Path) -> None:
-    """Flush a file or, where the system can, a folder's entries."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file's content, so that it is the old or the new one whatever happens."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        _to_disk(unfinished)
-        os.replace(unfinished, path)
-    except Exception:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _to_disk(path.parent)
 
 
 # ---- going on ---------------------------------------------------------------------------------------------------
@@ -307,9 +274,9 @@ def _put_in_place(source: Path, best: Path, move) -> None:
     for name in BEST:
         arrived = best / f".{name}.unfinished"
         move(source / name, arrived)
-        _to_disk(arrived)
+        to_disk(arrived)
         os.replace(arrived, best / name)
-    _to_disk(best)
+    to_disk(best)
 
 
 def load_best(model: nn.Module, run: Path) -> None:

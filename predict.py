@@ -163,7 +163,7 @@ import launch
 import loading
 import sharing
 import streaming
-from checkpoint import write_whole
+from files import write_whole
 from inference import Classifier, described
 from metrics import IGNORED, Classification
 from predictions import Mistakes, describe, describe_robustness, predictions_csv, whole_csv, writing

@@ -14,9 +14,10 @@ from filelock import FileLock, Timeout
 
 import launch
 import sharing
-from checkpoint import begun, write_whole
+from checkpoint import begun
 from config import Config
 from errors import USAGE, Interrupted, UserError
+from files import write_whole
 from processes import on_main, together
 from recipe import check, read_yaml
 

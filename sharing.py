@@ -28,9 +28,10 @@ from huggingface_hub.utils import disable_progress_bars, httpx, logging
 
 import hub
 import models
-from checkpoint import BEST, write_whole
+from checkpoint import BEST
 from config import Config, hub_id
 from errors import USAGE, UserError, first_line
+from files import write_whole
 from recipe import check as check_config
 from recipe import read_yaml
 from text import plain

@@ -20,6 +20,7 @@ import checkpoint
 from config import Config
 from engine import Step
 from errors import UserError, first_line
+from files import write_whole
 from launch import peak_memory
 from phases import RunState
 from processes import together
@@ -57,7 +58,7 @@ class Tracking:
                     )
                 if len(lines) < state.epoch:
                     raise UserError(f"{self.history} holds {len(lines)} epochs, but {state.epoch} were finished")
-                checkpoint.write_whole(self.history, "".join(f"{line}\n" for line in lines[: state.epoch]))
+                write_whole(self.history, "".join(f"{line}\n" for line in lines[: state.epoch]))
         self.last: tuple[Step, str, int] | None = None  # the newest step, its epoch's title, its number there
         self.batch_size = config.data.batch_size
         self.tracker_works = config.tracking == "wandb"
@@ -153,7 +154,7 @@ class Tracking:
     def finish(self, summary: dict) -> None:
         """Write summary.json and hand it to the tracker."""
         if self.accelerator.is_main_process:
-            checkpoint.write_whole(self.history.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
+            write_whole(self.history.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
         figures = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
         self._tell_tracker(lambda: self.accelerator.log(figures))
 

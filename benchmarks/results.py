@@ -42,8 +42,8 @@ from results_plan import (
 )
 from results_tables import write_tables
 
-from checkpoint import digest, write_whole
 from errors import USAGE, Interrupted, UserError, told
+from files import digest, write_whole
 from recipe import read_yaml
 
 

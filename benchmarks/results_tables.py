@@ -14,8 +14,8 @@ from results_plan import MADE, MEASURED, RESULTS, ROOT, Row, launcher, read_made
 
 import comparison
 import report
-from checkpoint import write_whole
 from errors import UserError
+from files import write_whole
 from runfolder import Run, read_run
 
 Figures = dict[str, Any]  # numbers, or None where there is no such figure; the run itself, and how it was made

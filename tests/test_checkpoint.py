@@ -271,20 +271,6 @@ def test_a_pickle_that_would_run_code_is_refused(prepared, tmp_path):
         (saved.path / name).write_bytes(good)
 
 
-# ---- text -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="uses the full disk that Linux has")
-def test_text_that_can_not_be_written_leaves_the_old_one_and_nothing_else(tmp_path):
-    (tmp_path / "a.txt").write_text("old")
-    (tmp_path / ".a.txt.unfinished").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_whole(tmp_path / "a.txt", "new")
-    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
-    checkpoint.write_whole(tmp_path / "a.txt", "new")
-    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "new"
-
-
 # ---- when -------------------------------------------------------------------------------------------------------
 
 

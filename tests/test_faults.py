@@ -19,6 +19,7 @@ from test_launch import TORCHRUN, TWO_PROCESSES
 
 import checkpoint
 import faults
+import files
 import runs
 import train
 from errors import Interrupted, UserError
@@ -77,7 +78,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_written(command, tmp_pat
     ],
 )
 def test_a_disk_that_is_full_when_a_run_is_resumed_is_told(make_config, monkeypatch, name, said):
-    real = checkpoint._to_disk
+    real = files.to_disk
 
     def full(path):
         if path.name == f".{name}.unfinished":
@@ -86,7 +87,7 @@ def test_a_disk_that_is_full_when_a_run_is_resumed_is_told(make_config, monkeypa
 
     with pytest.raises(Interrupted), runs.opened(Accelerator(cpu=True), make_config(), None) as run:
         raise Interrupted("stopped before its first step", 15)
-    monkeypatch.setattr(checkpoint, "_to_disk", full)
+    monkeypatch.setattr(files, "to_disk", full)
     before = (run / "config.yaml").read_text()
     with pytest.raises(UserError, match=said):
         train.train(make_config(), resume=run)

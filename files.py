@@ -1,0 +1,38 @@
+"""Files that are whole or as they were, whatever happens meanwhile."""
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def digest(path: Path) -> str:
+    """A file's SHA-256, as 64 hexadecimal digits; OSError if it can't be read."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+def to_disk(path: Path) -> None:
+    """Flush a file or, where the system can, a folder's entries."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a text file's content, so that it is the old or the new one whatever happens."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        to_disk(unfinished)
+        os.replace(unfinished, path)
+    except Exception:
+        unfinished.unlink(missing_ok=True)
+        raise
+    to_disk(path.parent)
