@@ -163,6 +163,12 @@ def begun(run: Path) -> bool:
     return bool(_folders(run)) or (history.exists() and history.stat().st_size > 0)
 
 
+def epochs_finished(run: Path) -> int | None:
+    """How many epochs a run has finished so far, by its history; None if it has none."""
+    history = run / "history.jsonl"
+    return len(history.read_text(encoding="utf-8").splitlines()) if history.is_file() else None
+
+
 def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("[0-9]*-[0-9]*"))
 

@@ -45,17 +45,6 @@ def points(value: float | None) -> str:
 # ---- the runs -------------------------------------------------------------------------------------------------------
 
 
-def best_epoch(run: Run) -> dict:
-    """The epoch that best/ is of: the first with the highest validation top-1, or without validation the last.
-
-    {} if there is none.
-    """
-    if not run.validates:
-        return run.history[-1] if run.history else {}
-    rows = [row for row in run.history if row["val_top1"] is not None]
-    return max(rows, key=lambda row: row["val_top1"], default={})
-
-
 def throughput(run: Run) -> float | None:
     """Training images per second over the whole run: the harmonic mean, since epochs have equally many images."""
     rates = [row["images_per_second"] for row in run.history]
@@ -82,7 +71,7 @@ def comparison(runs: list[Run]) -> Table:
     """A row per run. Training and validation figures are of its best epoch, test figures of its best weights."""
     rows = []
     for run in runs:
-        best, found, planned = best_epoch(run), robustness(run), run.planned()
+        best, found, planned = run.best_epoch, robustness(run), run.planned()
         minutes = [row["seconds"] for row in run.history if row["seconds"] is not None]
         epochs = str(len(run.history))
         if not run.summary and planned is not None:

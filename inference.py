@@ -45,7 +45,8 @@ class Predicted:
 class Classifier:
     """A run's best weights, with the classes, the image size and the normalisation that they were trained with.
 
-    Every process makes one, and calls it. `config` is the run's with the size that images have to be brought to.
+    Every process makes one, and calls it. `config` is the run's with the size that images have to be brought to;
+    `epochs` tells how many the run had finished (None: nobody knows).
 
     Args:
         tta: average each image's probabilities over views: 'flips' (itself and its mirror image) or 'shifts' (these
@@ -58,6 +59,7 @@ class Classifier:
     def __init__(self, accelerator: Accelerator, config: Config, run: Path, tta: str | None = None):
         self.accelerator, self.tta = accelerator, tta
         self.class_names, self.size = described(run)
+        self.epochs = checkpoint.epochs_finished(run)
         if self.size[0] == self.size[1]:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=self.size[0]))
         self.config = config

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from PIL import Image
 
-from comparison import best_epoch, conditions, percent
+from comparison import conditions, percent
 from runfolder import ClassFigures, Predictions, Run
 from text import shown
 
@@ -120,7 +120,7 @@ def _curve(runs: list[Run], key: str, title: str, unit: str, with_legend: bool) 
         told = []
         for index, run in enumerate(runs):
             values = _line(axes, index, run, key, scale)
-            best = best_epoch(run)
+            best = run.best_epoch
             if key.startswith("val") and best and best[key] is not None:
                 axes.plot(
                     best["epoch"],

@@ -395,12 +395,13 @@ def robustness(
 
 def _facts(args: argparse.Namespace, model: Classifier, accelerator: Accelerator, rows: int) -> dict:
     facts = {"source": model.config.data.source, "rows": rows, "limit": args.limit, "tta": args.tta}
-    return facts | {"precision": accelerator.mixed_precision}
+    return facts | {"epochs": model.epochs, "precision": accelerator.mixed_precision}
 
 
 def _suffix(args: argparse.Namespace) -> str:
-    """What keeps quick looks and averaged views from replacing the plain figures."""
-    return (f"-{args.tta}" if args.tta else "") + (f"-limit{args.limit}" if args.limit else "")
+    """What keeps averaged views, quick looks and other corruptions from replacing the plain figures."""
+    parts = {"-": args.tta, "-limit": args.limit, "-seed": args.seed}
+    return "".join(f"{name}{value}" for name, value in parts.items() if value)
 
 
 def _plain_name(path: str | Path) -> str:

@@ -102,6 +102,8 @@ class Predictions(_Part):
     source: Name = "-"
     limit: Count | None = None
     tta: Name | None = None
+    epochs: Count | None = None  # that the run had finished
+    seed: Count = 0  # of corruptions
     # kind "split"
     corrupt: Count = 0
     loss: Loss = None
@@ -131,7 +133,8 @@ class Predictions(_Part):
     @property
     def own(self) -> bool:
         """Whether the run's own test split was judged, and no data chosen in its place, which the name would tell."""
-        suffix = (f"-{self.tta}" if self.tta else "") + (f"-limit{self.limit}" if self.limit else "")
+        parts = {"-": self.tta, "-limit": self.limit, "-seed": self.seed}
+        suffix = "".join(f"{name}{value}" for name, value in parts.items() if value)
         return self.name.removesuffix(suffix) in ("test", "robustness", "cifar100c")
 
     @property
@@ -184,6 +187,22 @@ class Run:
         """Whether rows were held out of training, to choose the best epoch by."""
         return _validates(self.config)
 
+    @property
+    def best_epoch(self) -> dict:
+        """The epoch that best/ is of: the first with the highest validation top-1, or without validation the last.
+
+        {} if there is none.
+        """
+        if not self.validates:
+            return self.history[-1] if self.history else {}
+        rows = [row for row in self.history if row["val_top1"] is not None]
+        return max(rows, key=lambda row: row["val_top1"], default={})
+
+    def is_outdated(self, found: Predictions) -> bool:
+        """Whether predictions were made while the run went on, of weights that are not in best/ any more."""
+        best = self.best_epoch
+        return bool(best) and found.epochs is not None and best not in self.history[: found.epochs]
+
     def setting(self, *keys: str):
         """A value of the configuration, None where there is none."""
         value = self.config
@@ -208,7 +227,14 @@ def read_run(path: Path) -> Run:
     history = _history(path / "history.jsonl", notes, _validates(config))
     summary = _summary(path / "summary.json", notes)
     predictions = sorted(_predictions(path, notes), key=lambda found: found.rank)
-    return Run(shown(Path(os.path.abspath(path)).name), path, config, history, summary, predictions, notes)
+    run = Run(shown(Path(os.path.abspath(path)).name), path, config, history, summary, predictions, notes)
+    notes += [
+        f"predictions/{found.name}.json is of the weights after epoch {found.epochs}, and best/ is better since: run "
+        "predict.py again"
+        for found in predictions
+        if run.is_outdated(found)
+    ]
+    return run
 
 
 def _validates(config: dict) -> bool:

@@ -26,7 +26,7 @@ def figures(folder: Path) -> Figures:
     run: Run = read_run(folder)
     if run.notes or not run.summary or not run.history:
         raise UserError(f"{folder} is damaged: {'; '.join(run.notes) or 'it has no summary or no history'}")
-    best, found, changes = comparison.best_epoch(run), comparison.robustness(run), comparison.phase_changes(run)
+    best, found, changes = run.best_epoch, comparison.robustness(run), comparison.phase_changes(run)
     made = read_made(folder / MADE)
     pairs = zip(run.history, run.history[1:], strict=False)
     fell = [a["epoch"] for a, b in pairs if a["phase"] == b["phase"] and b["lr"] < 0.2 * a["lr"]]  # not a cosine's

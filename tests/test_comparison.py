@@ -80,12 +80,13 @@ def test_the_robustness_mean_says_what_it_is(make, found, shown):
 
 
 @pytest.mark.parametrize(
-    "own", [{}, {"limit": 200}, {"tta": "flips"}, {"tta": "shifts", "limit": 9, "kind": "cifar100c"}]
+    "own", [{}, {"limit": 200}, {"tta": "flips"}, {"tta": "shifts", "limit": 9, "kind": "cifar100c"}, {"seed": 3}]
 )
 def test_another_data_sets_robustness_does_not_stand_for_the_runs(make, own):
     """However little of its own was looked at, and whatever comes first in the alphabet."""
-    run, values = make(), {"kind": "robustness", "tta": None, "limit": None} | own
-    suffix = f"-{values['tta']}" * bool(values["tta"]) + f"-limit{values['limit']}" * bool(values["limit"])
+    run, values = make(), {"kind": "robustness", "tta": None, "limit": None, "seed": 0} | own
+    parts = {"-": values["tta"], "-limit": values["limit"], "-seed": values["seed"]}
+    suffix = "".join(f"{name}{value}" for name, value in parts.items() if value)
     others = [corrupted("robustness", name, mean15=0.9) for name in ("holiday-robustness", "test-robustness")]
     write_predictions(run.path, corrupted(name=values["kind"] + suffix, mean15=0.3, **values), *others)
     assert comparison.robustness(read_run(run.path)).mean15 == 0.3

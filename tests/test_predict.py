@@ -518,7 +518,13 @@ def test_damaged_weights_are_told(run, name, content):
 def test_a_run_still_going_on_is_judged(run):
     (run / "summary.json").unlink()
     judge(run, "--limit", "3")
-    assert figures(run, "test-limit3")["rows"] == 3
+    found = figures(run, "test-limit3")
+    assert (found["rows"], found["epochs"]) == (3, len((run / "history.jsonl").read_text().splitlines()))
+
+
+def test_names_of_files_tell_what_was_asked_for(run):
+    args, _ = predict.parse([str(run), "--robustness", "--tta", "flips", "--limit", "3", "--seed", "2"])
+    assert predict._name(args, "robustness") == "robustness-flips-limit3-seed2"
 
 
 def test_nothing_is_left_of_what_went_wrong(run, monkeypatch):

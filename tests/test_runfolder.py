@@ -45,6 +45,17 @@ def test_the_runs_own_robustness_comes_before_that_on_other_data(folder):
     assert [it.name for it in read_run(folder).predictions] == ["robustness", "holiday-robustness"]
 
 
+def test_predictions_of_weights_that_are_not_the_best_any_more_are_told(folder):
+    """As they are if they were made while the run went on."""
+    best = read_run(folder).best_epoch["epoch"]
+    for epochs in (best - 1, best):
+        write_predictions(folder, corrupted("robustness", f"robustness-limit{epochs}", limit=epochs, epochs=epochs))
+    write_predictions(folder, corrupted("robustness"))  # does not say
+    (note,) = read_run(folder).notes
+    said = f"is of the weights after epoch {best - 1}, and best/ is better since: run predict.py again"
+    assert note == f"predictions/robustness-limit{best - 1}.json {said}"
+
+
 def test_figures_that_are_missing_or_not_finite_are_none_and_told(folder):
     rows = history(TWO)
     del rows[0]["val_top1"], rows[1]["phase"], rows[2]["images_per_second"], rows[2]["epoch"]
