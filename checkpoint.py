@@ -164,9 +164,11 @@ def begun(run: Path) -> bool:
 
 
 def epochs_finished(run: Path) -> int | None:
-    """How many epochs a run has finished so far, by its history; None if it has none."""
-    history = run / "history.jsonl"
-    return len(history.read_text(encoding="utf-8").splitlines()) if history.is_file() else None
+    """How many epochs a run has finished so far, by its history; None if that can't be read."""
+    try:
+        return len((run / "history.jsonl").read_bytes().splitlines())
+    except OSError:
+        return None
 
 
 def _folders(run: Path) -> list[Path]:

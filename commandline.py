@@ -81,10 +81,12 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
 
 
 def _recorded_recipe(path: Path) -> str | None:
-    """The recipe that a run's config.yaml names; None if it is damaged, and so not the one to go on with."""
+    """The recipe that a run's config.yaml names; None, and a line that says so, if it is damaged."""
     try:
         return read_yaml(path).get("recipe")
-    except UserError:
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"passed over: {error}", file=sys.stderr)
         return None
 
 

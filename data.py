@@ -160,15 +160,18 @@ def _open(config: DataConfig) -> Mapping:
             files = {split: [*map(glob.escape, names)] for split, names in _parquet_files(config.source).items()}
             return datasets.load_dataset("parquet", data_files=files, streaming=streams)
         if kind == "folder":
-            files = _class_folders(Path(config.source).expanduser())
-            return datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
-        if streams and hub.offline():  # a stream has no cache; what was downloaded earlier is read as one
+            files, others = _class_folders(config)
+            if not files:
+                return dict.fromkeys(others)
+            splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
+            return dict.fromkeys(others) | splits
+        if streams and hub.data_offline():  # a stream has no cache; what was downloaded earlier is read as one
             return {name: split.to_iterable_dataset() for name, split in datasets.load_dataset(config.source).items()}
         return datasets.load_dataset(config.source, streaming=streams)
     except UserError:
         raise
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
-        if kind == "hub" and hub.offline():
+        if kind == "hub" and hub.data_offline():
             raise hub.unreachable(f"the dataset {config.source}") from error
         if kind == "parquet":
             _check_pages(config.source)
@@ -205,20 +208,35 @@ def _draw(starts: list[int], split: str, rows: int):
                 yield row
 
 
-def _class_folders(folder: Path) -> dict[str, str]:
-    """Patterns of the files of each split: of the subfolders that hold folders, one a class; without these all files.
+def _class_folders(config: DataConfig) -> tuple[dict[str, str], list[str]]:
+    """Of a folder of images the patterns of its splits' files, and other subfolders that may be splits, for messages.
 
-    Left to find the splits itself, `datasets` goes by words anywhere in a path: a class called train, or test_tube, is
-    a split to it, and rows of other splits are mixed into it.
+    A split is a subfolder of a wanted name that has folders, one a class, or a table of labels (metadata.csv, .jsonl).
+    Where there is none all files are of the split train. Left to find the splits itself, `datasets` goes by words
+    anywhere in a path: a class called train, or test_tube, is a split to it, and rows of other splits get into it.
     """
 
     def subfolders(of: Path) -> list[Path]:
-        return [path for path in sorted(of.iterdir()) if path.is_dir() and not path.name.startswith((".", "__"))]
+        try:
+            found = sorted(of.iterdir())
+        except OSError:  # of somebody else's, such as lost+found
+            return []
+        return [path for path in found if path.is_dir() and not path.name.startswith((".", "__"))]
 
-    splits = [path for path in subfolders(folder) if subfolders(path)]
+    folder = Path(config.source).expanduser()
+    wanted, inside = (config.train_split, config.test_split), subfolders(folder)
+    like_splits = [path for path in inside if subfolders(path) or any(path.glob("metadata.*"))]
+    splits = {path.name: f"{glob.escape(str(path))}/**" for path in like_splits if path.name in wanted}
     if splits:
-        return {path.name: f"{glob.escape(str(path))}/**" for path in splits}
-    return {"train": f"{glob.escape(str(folder))}/**"}
+        return splits, [path.name for path in like_splits]
+    for path in inside:
+        if any(below.name in wanted and subfolders(below) for below in subfolders(path)):
+            raise UserError(
+                f"data.source: {folder} has no folder '{config.train_split}', but {path} has: name that one"
+            )
+    if inside and like_splits == inside:  # no class has images of its own
+        return {}, [path.name for path in inside]
+    return {"train": f"{glob.escape(str(folder))}/**"}, []
 
 
 def _parquet_files(source: str) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ PILImage.init()
 # Pictures made of pixels. Pillow hands others to programs that run what is in them: Ghostscript, for one.
 PIXELS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS = tuple(name for name in PIXELS if name in PILImage.OPEN)
+ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd"}  # that a file may lie in, and its path lead through
 TURNED = {  # by EXIF's orientation: what makes a photo stand as the camera was held
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
@@ -52,10 +53,12 @@ def bytes_of(encoded: Mapping | None) -> bytes:
             with open(path, "rb") as file:
                 return file.read()
         # A dataset of others' making may name what it likes: neither devices nor servers are asked for it.
-        if os.path.exists(path):
-            raise OSError("it is no file")
-        if "://" in (where := path.rsplit("::", 1)[-1]) and not where.startswith("hf://"):
-            raise OSError("images are read from this machine and from the hub alone")
+        *inside, where = path.split("::")
+        if os.path.exists(where) and not os.path.isfile(where):
+            raise OSError(f"{where} is no file")
+        schemes = [hop.partition("://")[0] for hop in (*inside, where) if "://" in hop]
+        if not ARCHIVES.issuperset(schemes[: len(inside)]) or schemes[len(inside) :] not in ([], ["hf"]):
+            raise OSError("images are read from this machine's files and from the hub alone")
         with xopen(path, "rb") as file:
             return file.read()
     except Exception as error:  # from a missing file to a lost connection
@@ -72,6 +75,7 @@ def decode(encoded: Mapping | None) -> PILImage.Image:
     content = bytes_of(encoded)
     try:
         image = PILImage.open(io.BytesIO(content), formats=FORMATS)
+        image.load()  # before anything is asked that might load it too, and keep to itself that it is broken
         turned = TURNED.get(_orientation(image))
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             # 16 bits a pixel, of which Pillow's conversion would cut off what is above 255.

@@ -34,8 +34,17 @@ def endpoint() -> str:
 
 def offline() -> bool:
     """Whether the libraries have been told to use the cache alone, by the user or by `check`."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")  # each library has its own
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
+    return _says_yes(os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"))
+
+
+def data_offline() -> bool:
+    """The same of `datasets`, which has a word of its own for it."""
+    own = os.environ.get("HF_DATASETS_OFFLINE")
+    return offline() if own is None else _says_yes(own)
+
+
+def _says_yes(value: str | None) -> bool:
+    return (value or "").lower() in ("1", "true", "yes", "on")
 
 
 def check(config: Config, resume: Path | None = None) -> None:

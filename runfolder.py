@@ -229,7 +229,7 @@ def read_run(path: Path) -> Run:
     predictions = sorted(_predictions(path, notes), key=lambda found: found.rank)
     run = Run(shown(Path(os.path.abspath(path)).name), path, config, history, summary, predictions, notes)
     notes += [
-        f"predictions/{found.name}.json is of the weights after epoch {found.epochs}, and best/ is better since: run "
+        f"predictions/{found.name}.json is of the weights after epoch {found.epochs}, and best/ has changed since: run "
         "predict.py again"
         for found in predictions
         if run.is_outdated(found)

@@ -19,20 +19,21 @@ def as_products(model: nn.Module) -> nn.Module:
     for conv in model.modules():
         plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.dilation == (1, 1)
         if plain and conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
-            conv._conv_forward = partial(_convolve, conv)  # with whatever weights it is given: folded ones, too
+            # Not the module itself, which then would hold on to itself. Weights are given: its own, or folded ones.
+            conv._conv_forward = partial(_convolve, conv.kernel_size, conv.stride, conv.padding)
     return model
 
 
-def _convolve(conv: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the convolution makes of maps (B, C, H, W) with these weights (and not with its own)."""
-    (rows, columns), (down, right), (above, left) = images.shape[2:], conv.stride, conv.padding
+def _convolve(kernel_size, stride, padding, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the convolution makes of maps (B, C, H, W)."""
+    (rows, columns), (down, right), (above, left) = images.shape[2:], stride, padding
     if rows * columns <= SMALL:
-        if conv.kernel_size == (1, 1) and conv.padding == (0, 0):
+        if kernel_size == (1, 1) and padding == (0, 0):
             pixels = images[:, :, ::down, ::right].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
             return F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
-        downwards, sideways = rows + 2 * above - conv.kernel_size[0], columns + 2 * left - conv.kernel_size[1]
+        downwards, sideways = rows + 2 * above - kernel_size[0], columns + 2 * left - kernel_size[1]
         if 0 <= downwards < down and 0 <= sideways < right:  # the kernel has one place, where part of it meets the map
             kernel = weight[:, :, above : above + rows, left : left + columns]
             met = images[:, :, : kernel.shape[2], : kernel.shape[3]]
             return F.linear(met.flatten(1), kernel.flatten(1), bias)[:, :, None, None]
-    return type(conv)._conv_forward(conv, images, weight, bias)
+    return F.conv2d(images, weight, bias, stride, padding)

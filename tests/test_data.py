@@ -93,6 +93,37 @@ def test_hidden_folders_are_neither_splits_nor_classes(tmp_path):
     assert (source.class_names, len(source.train), len(source.test)) == (["a", "b"], 40, 8)
 
 
+@pytest.mark.parametrize("other", ["old-stuff/notes", "all/x", "docs/figures"])
+def test_what_lies_beside_the_splits_is_left_alone(tmp_path, other):
+    folder = folder_of_classes(tmp_path, {"train/a": 20, "train/b": 20, "test/a": 4, "test/b": 4, other: 3})
+    (folder / "misc" / "empty").mkdir(parents=True)
+    source = load(folder, folds=None)
+    assert (source.class_names, len(source.train), len(source.test)) == (["a", "b"], 40, 8)
+    names = ", ".join(sorted([other.split("/")[0], "misc", "test", "train"]))
+    with pytest.raises(UserError, match=f"has no split 'validation'; it has {names}"):
+        load(folder, test_split="validation")
+
+
+def test_a_class_may_have_images_in_folders_of_its_own(tmp_path):
+    source = load(folder_of_classes(tmp_path, {"apple": 20, "pear": 20, "pear/crops": 5}), test_split=None, folds=None)
+    assert (source.class_names, len(source.train)) == (["apple", "crops", "pear"], 45)
+
+
+def test_splits_with_a_table_of_labels(tmp_path):
+    folder_of_classes(tmp_path, {"train": 40, "test": 8})
+    for split, count in (("train", 40), ("test", 8)):
+        lines = [f"{number}.png,{number % 2}" for number in range(count)]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    source = load(tmp_path, label="label", folds=None)
+    assert (source.class_names, len(source.train), len(source.test)) == (["0", "1"], 40, 8)
+
+
+def test_a_folder_above_the_splits_is_told(tmp_path):
+    folder_of_classes(tmp_path, {"images/train/a": 20, "images/train/b": 20, "images/test/a": 4, "images/test/b": 4})
+    with pytest.raises(UserError, match=f"{tmp_path} has no folder 'train', but {tmp_path}/images has: name that one"):
+        load(tmp_path)
+
+
 def test_other_names_of_splits_are_told(tmp_path):
     counts = {"training/a": 20, "training/b": 20, "testing/a": 4, "testing/b": 4}
     folder = folder_of_classes(tmp_path, counts)

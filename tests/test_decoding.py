@@ -1,4 +1,5 @@
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -49,6 +50,29 @@ def test_photos_are_turned_as_pillow_turns_them(turned):
     assert np.array_equal(decoding.decode({"bytes": file.getvalue(), "path": None}), expected)
 
 
+def test_a_file_in_an_archive_is_read(tmp_path):
+    image = noise(1)[0]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a/b.png", encode(image)["bytes"])
+    read = decoding.decode({"bytes": None, "path": f"zip://a/b.png::{tmp_path}/images.zip"})
+    assert np.array_equal(read, image)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_a_broken_image_is_never_half_read(format):
+    """Pillow hands out what there is of an image if it is asked again after an error."""
+    content = bytearray(encode(noise(1, (32, 32))[0], format)["bytes"])
+    for cut in (len(content) // 4, len(content) // 2, len(content) - 200):
+        with pytest.raises(decoding.CorruptImage):
+            decoding.decode({"bytes": bytes(content[:cut]), "path": None})
+    if format == "PNG":  # the others keep no sums of their pixels
+        for place in range(60, len(content) - 20, 97):
+            broken = content.copy()
+            broken[place] ^= 0x55
+            with pytest.raises(decoding.CorruptImage):
+                decoding.decode({"bytes": bytes(broken), "path": None})
+
+
 def test_a_photo_whose_facts_are_garbage_stands_as_it_is():
     image, file = noise(1, (8, 16))[0], io.BytesIO()
     image.save(file, "PNG", exif=b"Exif\0\0garbage of no format")
@@ -65,9 +89,12 @@ def test_pixels_without_a_known_range_are_told(dtype):
 @pytest.mark.parametrize(
     "path, said",
     [
-        ("http://169.254.169.254/latest/x.png", "images are read from this machine and from the hub"),
-        ("zip://x.png::ftp://somewhere/x.zip", "images are read from this machine and from the hub"),
-        ("/dev/zero", "it is no file"),
+        ("http://169.254.169.254/latest/x.png", "images are read from this machine's files and from the hub"),
+        ("zip://x.png::ftp://somewhere/x.zip", "images are read from this machine's files and from the hub"),
+        ("ftp://127.0.0.1:9/x.png::hf://datasets/a/b/c", "images are read from this machine's files and from the hub"),
+        ("ftp://127.0.0.1:9/x.png::/tmp/x", "images are read from this machine's files and from the hub"),
+        ("/dev/zero", "/dev/zero is no file"),
+        ("gzip://x::/dev/zero", "/dev/zero is no file"),
     ],
 )
 def test_a_dataset_can_have_nothing_opened_but_files_of_this_machine_and_the_hub(path, said):

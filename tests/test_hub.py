@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from itertools import chain, cycle, islice, repeat
@@ -188,13 +190,23 @@ def test_caches_are_looked_for_where_the_libraries_have_them(where, caches, tmp_
     assert hub.offline()
 
 
-@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_the_libraries_own_words_for_offline_are_known(name, monkeypatch):
-    for each in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(each, raising=False)
-    assert not hub.offline()
-    monkeypatch.setenv(name, "1")
-    assert hub.offline()
+@pytest.mark.parametrize(
+    ("words", "weights", "rows"),
+    [
+        ({}, False, False),
+        ({"HF_HUB_OFFLINE": "1"}, True, True),
+        ({"TRANSFORMERS_OFFLINE": "yes"}, True, True),
+        ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "1"}, False, False),
+        ({"HF_DATASETS_OFFLINE": "1"}, False, True),
+        ({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "0"}, True, False),
+    ],
+)
+def test_the_libraries_own_words_for_offline_are_read_as_they_read_them(words, weights, rows, monkeypatch):
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    assert (hub.offline(), hub.data_offline()) == (weights, rows)
+    libraries = "from datasets import config; print(config.constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE)"
+    assert subprocess.check_output([sys.executable, "-c", libraries], text=True) == f"{weights} {rows}\n"
 
 
 def test_a_hub_that_accepts_but_never_answers_is_given_up_soon(monkeypatch):

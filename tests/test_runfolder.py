@@ -52,7 +52,7 @@ def test_predictions_of_weights_that_are_not_the_best_any_more_are_told(folder):
         write_predictions(folder, corrupted("robustness", f"robustness-limit{epochs}", limit=epochs, epochs=epochs))
     write_predictions(folder, corrupted("robustness"))  # does not say
     (note,) = read_run(folder).notes
-    said = f"is of the weights after epoch {best - 1}, and best/ is better since: run predict.py again"
+    said = f"is of the weights after epoch {best - 1}, and best/ has changed since: run predict.py again"
     assert note == f"predictions/robustness-limit{best - 1}.json {said}"
 
 
