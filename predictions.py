@@ -140,7 +140,7 @@ def describe(result: dict) -> str:
     ]
     if above := result["superclasses"]:
         lines.append(f"superclass predicted right: {_percent(above['top1'])}")
-        lines += _accuracies("superclass", above["per_superclass"])
+        lines += _accuracies("superclass", [one for one in above["per_superclass"] if one["rows"]])
     classes = sorted((one for one in result["per_class"] if one["rows"]), key=lambda one: one["top1"])
     if len(classes) <= 10:
         lines += _accuracies("class", classes)

@@ -7,6 +7,7 @@ import shutil
 import datasets
 import numpy as np
 import pytest
+import run_folders
 import torch
 import yaml
 from conftest import forget_accelerate, phase
@@ -21,6 +22,7 @@ import predict
 import train
 from config import DataConfig
 from errors import UserError
+from predictions import describe
 from recipe import check
 
 ROWS = 3  # of each severity of the small .npy files
@@ -555,3 +557,13 @@ def test_the_files_classes_are_cifar_100s(run, files, monkeypatch):
     for option in ("--ood", "--cifar100c"):
         with pytest.raises(UserError, match=f"{option}: its images are of CIFAR-100's classes"):
             judge(run, option, files)
+
+
+def test_classes_without_images_are_not_listed():
+    """As with --limit, most are."""
+    found = run_folders.split("test", ["seen", "unseen"], mistakes=0)
+    found["per_class"][1] |= {"rows": 0, "top1": None}
+    found["superclasses"]["per_superclass"][1] |= {"name": "none of these", "rows": 0, "top1": None}
+    told = describe(found)
+    assert "  seen " in told and "group 0" in told
+    assert "none of these" not in told and "  unseen " not in told.split("most confused")[0]
