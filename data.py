@@ -4,29 +4,21 @@ Every source becomes one `datasets` object with an undecoded image column and a 
 validation split, the decoding and the loaders are the same for all, streamed or memory-mapped.
 """
 
-import glob
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
-from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset
 
-import embedded
-import hub
+import columns
+import sources
 import streaming
 from config import DataConfig
 from decoding import ROW, CorruptImage, bytes_of, corrupt, decode
-from errors import USAGE, UserError, first_line
+from errors import UserError, first_line
 from processes import on_main
-
-MANY = 100_000  # classes that are told by numbers
 
 
 @dataclass(frozen=True)
@@ -56,28 +48,29 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     Raises:
         UserError: the source, a split or a column is not there, or has another type than images and class labels.
     """
-    splits = _open(config)
-    test = _pick(splits, config.test_split, "data.test_split", config.source) if config.test_split else None
+    splits = sources.open_splits(config)
+    test = sources.pick(splits, config.test_split, "data.test_split", config.source) if config.test_split else None
     if only_test and config.train_split not in splits:
         train = test
     else:
-        train = _pick(splits, config.train_split, "data.train_split", config.source)
+        train = sources.pick(splits, config.train_split, "data.train_split", config.source)
     if train.features is None:  # a stream of parquet without metadata: read from its first rows
         train = train._resolve_features()
-    image, label = _columns(train.features, config)
+    image, label = columns.find(train.features, config)
     class_labels = train.select_columns([name for name, kind in train.features.items() if isinstance(kind, ClassLabel)])
 
-    train, classes = _with_classes(_encoded(train, image, label, config.train_split), label, config, only_test)
+    train = columns.encoded(train, image, label, config.train_split)
+    train, classes = columns.with_classes(train, label, config, only_test)
     if test is not None:
-        test = _encoded(test, image, label, config.test_split)
+        test = columns.encoded(test, image, label, config.test_split)
         if isinstance(test, Dataset) and test.features != train.features:  # whole numbers
-            _classes_with_rows(test, config.test_split, label, classes, config)
+            columns.classes_with_rows(test, config.test_split, label, classes, config)
             test = test.cast(train.features)
     if len(classes) < 2 and not only_test:
         raise UserError(f"data.label: column '{label}' of {config.source} has {len(classes)} class(es); two are needed")
     if isinstance(train, Dataset):
         if not only_test:
-            _check_classes(train, test, label, classes, config)
+            columns.check_classes(train, test, label, classes, config)
         train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
     if isinstance(test, IterableDataset):
         test = streaming.Stream(test, image, config.source)
@@ -147,239 +140,6 @@ def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> 
     return dataset.select(np.flatnonzero(~side)), dataset.select(np.flatnonzero(side))
 
 
-# ---- sources ----------------------------------------------------------------------------------------------------
-
-
-def _open(config: DataConfig) -> Mapping:
-    """All splits of the source by name, streamed or memory-mapped."""
-    kind, streams = config.kind, config.streams
-    try:
-        if kind == "embedded":
-            return _embedded(config.embedded_rows, streams)
-        if kind == "parquet":
-            files = {split: [*map(glob.escape, names)] for split, names in _parquet_files(config.source).items()}
-            return datasets.load_dataset("parquet", data_files=files, streaming=streams)
-        if kind == "folder":
-            files, others = _class_folders(config)
-            if not files:
-                return dict.fromkeys(others)
-            splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
-            return dict.fromkeys(others) | splits
-        if streams and hub.data_offline():  # a stream has no cache; what was downloaded earlier is read as one
-            return {name: split.to_iterable_dataset() for name, split in datasets.load_dataset(config.source).items()}
-        return datasets.load_dataset(config.source, streaming=streams)
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
-        if kind == "hub" and hub.data_offline():
-            raise hub.unreachable(f"the dataset {config.source}") from error
-        if kind == "parquet":
-            _check_pages(config.source)
-        reason = first_line(error.__cause__ or error)
-        if kind == "folder" and (
-            "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError)
-        ):
-            reason = "it holds no images and no .parquet files"
-        raise UserError(f"data.source: {config.source} can't be loaded: {reason}") from error
-
-
-def _embedded(rows: int, streams: bool) -> dict:
-    features = Features(
-        img=Image(),
-        fine_label=ClassLabel(names=embedded.FINE_NAMES),
-        coarse_label=ClassLabel(names=embedded.COARSE_NAMES),
-    )
-    splits = {}
-    for name, wanted in (("train", rows), ("test", rows // 5)):
-        starts = list(range(0, wanted, embedded.CHUNK))
-        if streams:
-            splits[name] = IterableDataset.from_generator(
-                _draw, features=features, gen_kwargs={"starts": starts, "split": name, "rows": wanted}
-            )
-        else:
-            splits[name] = Dataset.from_list(list(_draw(starts, name, wanted)), features=features)
-    return splits
-
-
-def _draw(starts: list[int], split: str, rows: int):
-    for start in starts:
-        for offset, row in enumerate(embedded.rows(split, start, start + embedded.CHUNK)):
-            if start + offset < rows:
-                yield row
-
-
-def _class_folders(config: DataConfig) -> tuple[dict[str, str], list[str]]:
-    """Of a folder of images the patterns of its splits' files, and other subfolders that may be splits, for messages.
-
-    A split is a subfolder of a wanted name that has folders, one a class, or a table of labels (metadata.csv, .jsonl).
-    Where there is none all files are of the split train. Left to find the splits itself, `datasets` goes by words
-    anywhere in a path: a class called train, or test_tube, is a split to it, and rows of other splits get into it.
-    """
-
-    def subfolders(of: Path) -> list[Path]:
-        try:
-            found = sorted(of.iterdir())
-        except OSError:  # of somebody else's, such as lost+found
-            return []
-        return [path for path in found if path.is_dir() and not path.name.startswith((".", "__"))]
-
-    folder = Path(config.source).expanduser()
-    wanted, inside = (config.train_split, config.test_split), subfolders(folder)
-    like_splits = [path for path in inside if subfolders(path) or any(path.glob("metadata.*"))]
-    splits = {path.name: f"{glob.escape(str(path))}/**" for path in like_splits if path.name in wanted}
-    if splits:
-        return splits, [path.name for path in like_splits]
-    for path in inside:
-        if any(below.name in wanted and subfolders(below) for below in subfolders(path)):
-            raise UserError(
-                f"data.source: {folder} has no folder '{config.train_split}', but {path} has: name that one"
-            )
-    if inside and like_splits == inside:  # no class has images of its own
-        return {}, [path.name for path in inside]
-    return {"train": f"{glob.escape(str(folder))}/**"}, []
-
-
-def _parquet_files(source: str) -> dict[str, list[str]]:
-    """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet.
-
-    Raises:
-        UserError: one of them is no parquet, they do not agree about their classes, or a split has no rows. Only the
-            files' ends are read for that.
-    """
-    path = Path(source).expanduser()
-    names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
-    files, rows, classes = {}, {}, {}
-    for name in sorted(filter(os.path.isfile, names)):
-        split = Path(name).name.split(".")[0].split("-")[0]
-        files.setdefault(split, []).append(name)
-        try:
-            end = pa.parquet.read_metadata(name)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"data.source: {name} is no whole parquet file: {first_line(error)}") from error
-        rows[split] = rows.get(split, 0) + end.num_rows
-        try:
-            features = Features.from_arrow_schema(end.schema.to_arrow_schema())
-        except Exception as error:  # types of a newer `datasets`, or a description that is none
-            raise UserError(
-                f"data.source: {name} has columns that this `datasets` can't read: {first_line(error)}"
-            ) from error
-        for column, feature in features.items():
-            # `datasets` takes the names of one file for all of them, and labels would silently change their meaning.
-            if isinstance(feature, ClassLabel) and feature.names != classes.setdefault(column, feature.names):
-                odd = [one for one in feature.names if one not in classes[column]][:5]
-                how = f"it has {', '.join(odd)} besides" if odd else f"{len(feature.names)} in an order of its own"
-                raise UserError(
-                    f"data.source: the classes of column '{column}' in {name} are not those of the other files: {how}"
-                )
-    for split, count in rows.items():
-        if not count:
-            raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(files[split])})")
-    return files
-
-
-def _check_pages(source: str) -> None:
-    """UserError that names the first file with a page that can't be read, where `datasets` would name none."""
-    for name in (name for names in _parquet_files(source).values() for name in names):
-        try:
-            for _ in pa.parquet.ParquetFile(name).iter_batches():
-                pass
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"data.source: {name} can't be read: {first_line(error)}") from error
-
-
-def _pick(splits: Mapping, name: str, option: str, source: str):
-    if name not in splits:
-        way_on = ", or null to do without test figures" if option == "data.test_split" else ""
-        raise UserError(
-            f"{option}: {source} has no split '{name}'; it has {', '.join(splits)}: name one of them{way_on}", USAGE
-        )
-    return splits[name]
-
-
-# ---- columns ----------------------------------------------------------------------------------------------------
-
-
-def _columns(features: Features, config: DataConfig) -> tuple[str, str]:
-    """The image and the label column: as named, otherwise found by their types."""
-    for option, name in (("data.image", config.image), ("data.label", config.label)):
-        if name and name not in features:
-            raise UserError(
-                f"{option}: there is no column '{name}'; {config.source} has {', '.join(features)}: name one of them",
-                USAGE,
-            )
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if not config.image and len(images) != 1:
-        found = f"{len(images)} image columns ({', '.join(images)})" if images else "no image column"
-        raise UserError(f"{config.source} has {found}: name it with data.image (columns: {', '.join(features)})", USAGE)
-    if not config.label and not labels:
-        raise UserError(
-            f"{config.source} has no class-label column: name it with data.label (columns: {', '.join(features)})",
-            USAGE,
-        )
-    # Of several labels (CIFAR-100: fine and coarse) the one with the most classes is what a classifier is judged by.
-    label = config.label or max(labels, key=lambda name: features[name].num_classes)
-    if label == (config.image or images[0]):
-        raise UserError(f"data.label: column '{label}' of {config.source} holds images, not classes", USAGE)
-    return config.image or images[0], label
-
-
-def _encoded(rows, image: str, label: str, split: str):
-    """The two columns alone, the image as the encoded bytes (or the file) that it comes as."""
-    try:
-        return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
-    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(
-            f"split '{split}' has no images and classes in its columns {image}, {label}: {first_line(error)}", USAGE
-        ) from error
-
-
-def _with_classes(split, label: str, config: DataConfig, only_test: bool):
-    """The split with its label as a ClassLabel, and the class names; whole numbers are given the names 0, 1, ..."""
-    feature = split.features[label]
-    if isinstance(feature, ClassLabel):
-        return split, feature.names
-    if not isinstance(feature, Value) or not feature.dtype.startswith(("int", "uint")):
-        raise UserError(
-            f"data.label: column '{label}' of {config.source} holds {getattr(feature, 'dtype', feature)}, not classes; "
-            "turn it into one with datasets' class_encode_column",
-            USAGE,
-        )
-    if isinstance(split, IterableDataset):
-        raise UserError(
-            f"data.label: how many classes column '{label}' has can't be told from a stream; --data.streaming false",
-            USAGE,
-        )
-    most = max((value for value in split.unique(label) if value is not None), default=0)
-    if most >= (MANY if only_test else len(split)):  # a test split alone may lack any class
-        than = f"{MANY:,}" if only_test else "it has rows"
-        raise UserError(
-            f"data.label: column '{label}' of {config.source} holds {most}, more than {than}; classes count from 0"
-        )
-    names = [str(value) for value in range(most + 1)]
-    _classes_with_rows(split, config.train_split, label, names, config)
-    return split.cast_column(label, ClassLabel(names=names)), names
-
-
-def _check_classes(train: Dataset, test: Dataset | None, label: str, names: list[str], config: DataConfig) -> None:
-    """UserError unless every label is a class, training has two, and the test split has none that training lacks."""
-    trained = _classes_with_rows(train, config.train_split, label, names, config)
-    if len(trained) < 2:
-        raise UserError(
-            f"data.label: all rows of split '{config.train_split}' are of {len(trained)} class "
-            f"({', '.join(names[value] for value in trained)}); two are needed"
-        )
-    if test is not None:
-        tested = _classes_with_rows(test, config.test_split, label, names, config)
-        new = [names[value] for value in np.setdiff1d(tested, trained)]
-        if new:
-            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
-            raise UserError(
-                f"data.test_split: '{config.test_split}' has rows of {', '.join(new[:5])}{more}, of which "
-                f"'{config.train_split}' has none; add some, or --data.test_split null"
-            )
-
-
 def superclasses(data: Data) -> dict[str, str] | None:
     """Each class's superclass, by name, if the data have a second, coarser label, as CIFAR-100 has; None otherwise.
 
@@ -404,20 +164,6 @@ def superclasses(data: Data) -> dict[str, str] | None:
         raise UserError(f"data.train_split: column '{column}' can't be read: {first_line(error)}") from error
     named = {label: above for label, above in found.items() if None not in (label, above) and min(label, above) >= 0}
     return {data.class_names[label]: features[column].names[above] for label, above in named.items()}
-
-
-def _classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
-    """The labels that occur; UserError names the first row whose label is missing or none of the classes."""
-    column = rows.data.column(label)
-    values = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
-    wrong = np.flatnonzero((values < 0) | (values >= len(names)))
-    if len(wrong):
-        way_on = "; --data.test_split null does without test figures" if split == config.test_split else ""
-        raise UserError(
-            f"data.label: column '{label}' of {config.source} holds {column[wrong[0]].as_py()} in row {wrong[0]} of "
-            f"split '{split}', which is none of the {len(names)} classes (they count from 0){way_on}"
-        )
-    return np.unique(values)
 
 
 def model_size(data: Data, config: DataConfig) -> tuple[int, int]:

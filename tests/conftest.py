@@ -30,6 +30,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 
 import data
+import sources
 from config import Config, DataConfig
 from recipe import check
 
@@ -53,7 +54,7 @@ def _fresh_accelerate():
 def parquet(tmp_path_factory) -> Path:
     """400 training and 100 test rows of the embedded data as parquet files laid out like a hub dataset's."""
     folder = tmp_path_factory.mktemp("parquet")
-    splits = data._embedded(400, streams=False)
+    splits = sources.embedded_splits(400, streams=False)
     splits["train"].to_parquet(folder / "train-00000-of-00001.parquet")
     splits["test"].select(range(80)).to_parquet(folder / "test-00000-of-00001.parquet")
     return folder
@@ -64,7 +65,7 @@ def image_rows():
     """Make an image data set of the embedded data's first rows: `image_rows(20)`."""
 
     def make(count: int) -> Dataset:
-        return data._embedded(max(count, 200), streams=False)["train"].select(range(count))
+        return sources.embedded_splits(max(count, 200), streams=False)["train"].select(range(count))
 
     return make
 

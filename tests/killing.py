@@ -23,7 +23,7 @@ os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKE
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-import data
+import sources
 import train
 from errors import UserError
 from recipe import check
@@ -50,7 +50,7 @@ def make_config(folder: Path, name: str, kind: str):
 
 def make_data(folder: Path) -> None:
     (folder / "data").mkdir()
-    splits = data._embedded(400, streams=False)
+    splits = sources.embedded_splits(400, streams=False)
     for split in ("train", "test"):
         splits[split].to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
 

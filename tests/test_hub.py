@@ -18,8 +18,8 @@ from huggingface_hub import constants, get_session
 from images import encode, noise
 from safetensors.torch import load_file, save_file
 
-import data
 import hub
+import sources
 from commandline import parse
 from errors import UserError
 from recipe import RECIPES
@@ -44,7 +44,7 @@ def server(tmp_path_factory):
     dataset, model = root / "dataset", root / "model"
     (dataset / "cifar100").mkdir(parents=True), model.mkdir()
     (dataset / "README.md").write_text(README)
-    splits = data._embedded(400, streams=False)
+    splits = sources.embedded_splits(400, streams=False)
     for split in ("train", "test"):
         splits[split].to_parquet(dataset / "cifar100" / f"{split}-00000-of-00001.parquet")
     torch.manual_seed(3)

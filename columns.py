@@ -1,0 +1,109 @@
+"""Which columns hold the images and the classes, and whether the labels in them are classes."""
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
+
+from config import DataConfig
+from errors import USAGE, UserError, first_line
+
+MANY = 100_000  # classes that are told by numbers
+
+
+def find(features: Features, config: DataConfig) -> tuple[str, str]:
+    """The image and the label column: as named, otherwise found by their types.
+
+    Raises:
+        UserError: there is no such column, or not one of the kind.
+    """
+    for option, name in (("data.image", config.image), ("data.label", config.label)):
+        if name and name not in features:
+            raise UserError(
+                f"{option}: there is no column '{name}'; {config.source} has {', '.join(features)}: name one of them",
+                USAGE,
+            )
+    images = [name for name, feature in features.items() if isinstance(feature, Image)]
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if not config.image and len(images) != 1:
+        found = f"{len(images)} image columns ({', '.join(images)})" if images else "no image column"
+        raise UserError(f"{config.source} has {found}: name it with data.image (columns: {', '.join(features)})", USAGE)
+    if not config.label and not labels:
+        raise UserError(
+            f"{config.source} has no class-label column: name it with data.label (columns: {', '.join(features)})",
+            USAGE,
+        )
+    # Of several labels (CIFAR-100: fine and coarse) the one with the most classes is what a classifier is judged by.
+    label = config.label or max(labels, key=lambda name: features[name].num_classes)
+    if label == (config.image or images[0]):
+        raise UserError(f"data.label: column '{label}' of {config.source} holds images, not classes", USAGE)
+    return config.image or images[0], label
+
+
+def encoded(rows, image: str, label: str, split: str):
+    """The two columns alone, the image as the encoded bytes (or the file) that it comes as."""
+    try:
+        return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
+    except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise UserError(
+            f"split '{split}' has no images and classes in its columns {image}, {label}: {first_line(error)}", USAGE
+        ) from error
+
+
+def with_classes(split, label: str, config: DataConfig, only_test: bool):
+    """The split with its label as a ClassLabel, and the class names; whole numbers are given the names 0, 1, ..."""
+    feature = split.features[label]
+    if isinstance(feature, ClassLabel):
+        return split, feature.names
+    if not isinstance(feature, Value) or not feature.dtype.startswith(("int", "uint")):
+        raise UserError(
+            f"data.label: column '{label}' of {config.source} holds {getattr(feature, 'dtype', feature)}, not classes; "
+            "turn it into one with datasets' class_encode_column",
+            USAGE,
+        )
+    if isinstance(split, IterableDataset):
+        raise UserError(
+            f"data.label: how many classes column '{label}' has can't be told from a stream; --data.streaming false",
+            USAGE,
+        )
+    most = max((value for value in split.unique(label) if value is not None), default=0)
+    if most >= (MANY if only_test else len(split)):  # a test split alone may lack any class
+        than = f"{MANY:,}" if only_test else "it has rows"
+        raise UserError(
+            f"data.label: column '{label}' of {config.source} holds {most}, more than {than}; classes count from 0"
+        )
+    names = [str(value) for value in range(most + 1)]
+    classes_with_rows(split, config.train_split, label, names, config)
+    return split.cast_column(label, ClassLabel(names=names)), names
+
+
+def check_classes(train: Dataset, test: Dataset | None, label: str, names: list[str], config: DataConfig) -> None:
+    """UserError unless every label is a class, training has two, and the test split has none that training lacks."""
+    trained = classes_with_rows(train, config.train_split, label, names, config)
+    if len(trained) < 2:
+        raise UserError(
+            f"data.label: all rows of split '{config.train_split}' are of {len(trained)} class "
+            f"({', '.join(names[value] for value in trained)}); two are needed"
+        )
+    if test is not None:
+        tested = classes_with_rows(test, config.test_split, label, names, config)
+        new = [names[value] for value in np.setdiff1d(tested, trained)]
+        if new:
+            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+            raise UserError(
+                f"data.test_split: '{config.test_split}' has rows of {', '.join(new[:5])}{more}, of which "
+                f"'{config.train_split}' has none; add some, or --data.test_split null"
+            )
+
+
+def classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
+    """The labels that occur; UserError names the first row whose label is missing or none of the classes."""
+    column = rows.data.column(label)
+    values = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
+    wrong = np.flatnonzero((values < 0) | (values >= len(names)))
+    if len(wrong):
+        way_on = "; --data.test_split null does without test figures" if split == config.test_split else ""
+        raise UserError(
+            f"data.label: column '{label}' of {config.source} holds {column[wrong[0]].as_py()} in row {wrong[0]} of "
+            f"split '{split}', which is none of the {len(names)} classes (they count from 0){way_on}"
+        )
+    return np.unique(values)

@@ -1,0 +1,171 @@
+"""Where rows come from: the splits of a hub dataset, of parquet, of a folder of images or of the embedded drawings.
+
+All as `datasets` has them, streamed or memory-mapped; what is in their columns is not looked at.
+"""
+
+import glob
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+
+import embedded
+import hub
+from config import DataConfig
+from errors import USAGE, UserError, first_line
+
+
+def open_splits(config: DataConfig) -> Mapping:
+    """All splits of the source by name, streamed or memory-mapped; None for a subfolder that no option names.
+
+    Raises:
+        UserError: the source can't be loaded.
+    """
+    kind, streams = config.kind, config.streams
+    try:
+        if kind == "embedded":
+            return embedded_splits(config.embedded_rows, streams)
+        if kind == "parquet":
+            files = {split: [*map(glob.escape, names)] for split, names in _parquet_files(config.source).items()}
+            return datasets.load_dataset("parquet", data_files=files, streaming=streams)
+        if kind == "folder":
+            files, others = _class_folders(config)
+            if not files:
+                return dict.fromkeys(others)
+            splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
+            return dict.fromkeys(others) | splits
+        if streams and hub.data_offline():  # a stream has no cache; what was downloaded earlier is read as one
+            return {name: split.to_iterable_dataset() for name, split in datasets.load_dataset(config.source).items()}
+        return datasets.load_dataset(config.source, streaming=streams)
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
+        if kind == "hub" and hub.data_offline():
+            raise hub.unreachable(f"the dataset {config.source}") from error
+        if kind == "parquet":
+            _check_pages(config.source)
+        reason = first_line(error.__cause__ or error)
+        if kind == "folder" and (
+            "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError)
+        ):
+            reason = "it holds no images and no .parquet files"
+        raise UserError(f"data.source: {config.source} can't be loaded: {reason}") from error
+
+
+def embedded_splits(rows: int, streams: bool) -> dict:
+    """So many drawings to train on, and a fifth as many to test with."""
+    features = Features(
+        img=Image(),
+        fine_label=ClassLabel(names=embedded.FINE_NAMES),
+        coarse_label=ClassLabel(names=embedded.COARSE_NAMES),
+    )
+    splits = {}
+    for name, wanted in (("train", rows), ("test", rows // 5)):
+        starts = list(range(0, wanted, embedded.CHUNK))
+        if streams:
+            splits[name] = IterableDataset.from_generator(
+                _draw, features=features, gen_kwargs={"starts": starts, "split": name, "rows": wanted}
+            )
+        else:
+            splits[name] = Dataset.from_list(list(_draw(starts, name, wanted)), features=features)
+    return splits
+
+
+def _draw(starts: list[int], split: str, rows: int):
+    for start in starts:
+        for offset, row in enumerate(embedded.rows(split, start, start + embedded.CHUNK)):
+            if start + offset < rows:
+                yield row
+
+
+def _class_folders(config: DataConfig) -> tuple[dict[str, str], list[str]]:
+    """Of a folder of images the patterns of its splits' files, and other subfolders that may be splits, for messages.
+
+    A split is a subfolder of a wanted name that has folders, one a class, or a table of labels (metadata.csv, .jsonl).
+    Where there is none all files are of the split train. Left to find the splits itself, `datasets` goes by words
+    anywhere in a path: a class called train, or test_tube, is a split to it, and rows of other splits get into it.
+    """
+
+    def subfolders(of: Path) -> list[Path]:
+        try:
+            found = sorted(of.iterdir())
+        except OSError:  # of somebody else's, such as lost+found
+            return []
+        return [path for path in found if path.is_dir() and not path.name.startswith((".", "__"))]
+
+    folder = Path(config.source).expanduser()
+    wanted, inside = (config.train_split, config.test_split), subfolders(folder)
+    like_splits = [path for path in inside if subfolders(path) or any(path.glob("metadata.*"))]
+    splits = {path.name: f"{glob.escape(str(path))}/**" for path in like_splits if path.name in wanted}
+    if splits:
+        return splits, [path.name for path in like_splits]
+    for path in inside:
+        if any(below.name in wanted and subfolders(below) for below in subfolders(path)):
+            raise UserError(
+                f"data.source: {folder} has no folder '{config.train_split}', but {path} has: name that one"
+            )
+    if inside and like_splits == inside:  # no class has images of its own
+        return {}, [path.name for path in inside]
+    return {"train": f"{glob.escape(str(folder))}/**"}, []
+
+
+def _parquet_files(source: str) -> dict[str, list[str]]:
+    """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet.
+
+    Raises:
+        UserError: one of them is no parquet, they do not agree about their classes, or a split has no rows. Only the
+            files' ends are read for that.
+    """
+    path = Path(source).expanduser()
+    names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
+    files, rows, classes = {}, {}, {}
+    for name in sorted(filter(os.path.isfile, names)):
+        split = Path(name).name.split(".")[0].split("-")[0]
+        files.setdefault(split, []).append(name)
+        try:
+            end = pa.parquet.read_metadata(name)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"data.source: {name} is no whole parquet file: {first_line(error)}") from error
+        rows[split] = rows.get(split, 0) + end.num_rows
+        try:
+            features = Features.from_arrow_schema(end.schema.to_arrow_schema())
+        except Exception as error:  # types of a newer `datasets`, or a description that is none
+            raise UserError(
+                f"data.source: {name} has columns that this `datasets` can't read: {first_line(error)}"
+            ) from error
+        for column, feature in features.items():
+            # `datasets` takes the names of one file for all of them, and labels would silently change their meaning.
+            if isinstance(feature, ClassLabel) and feature.names != classes.setdefault(column, feature.names):
+                odd = [one for one in feature.names if one not in classes[column]][:5]
+                how = f"it has {', '.join(odd)} besides" if odd else f"{len(feature.names)} in an order of its own"
+                raise UserError(
+                    f"data.source: the classes of column '{column}' in {name} are not those of the other files: {how}"
+                )
+    for split, count in rows.items():
+        if not count:
+            raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(files[split])})")
+    return files
+
+
+def _check_pages(source: str) -> None:
+    """UserError that names the first file with a page that can't be read, where `datasets` would name none."""
+    for name in (name for names in _parquet_files(source).values() for name in names):
+        try:
+            for _ in pa.parquet.ParquetFile(name).iter_batches():
+                pass
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"data.source: {name} can't be read: {first_line(error)}") from error
+
+
+def pick(splits: Mapping, name: str, option: str, source: str):
+    """A split by its name; UserError tells which there are."""
+    if name not in splits:
+        way_on = ", or null to do without test figures" if option == "data.test_split" else ""
+        raise UserError(
+            f"{option}: {source} has no split '{name}'; it has {', '.join(splits)}: name one of them{way_on}", USAGE
+        )
+    return splits[name]
