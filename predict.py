@@ -168,6 +168,7 @@ from inference import Classifier, described
 from metrics import IGNORED, Classification
 from predictions import Mistakes, describe, describe_robustness, predictions_csv, whole_csv, writing
 from processes import together
+from runfolder import suffix
 
 
 def predict(args: argparse.Namespace, config: Config) -> None:
@@ -274,7 +275,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
 def _name(args: argparse.Namespace, part: str) -> str:
     """What a split's files are called: after the split, and before it what was chosen other than the run's own data."""
     chosen = [_plain_name(vars(args)[f"data.{name}"]) for name in WHICH_DATA if f"data.{name}" in vars(args)]
-    return "-".join([*chosen, part]) + _suffix(args)
+    return "-".join([*chosen, part]) + suffix(args.tta, args.limit, args.seed)
 
 
 # ---- images without labels ------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def _name(args: argparse.Namespace, part: str) -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """All files below a folder that have an image's name, sorted; UserError if there are none."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in decoding.FORMATS}
+    readable = {ending for ending, kind in Image.registered_extensions().items() if kind in decoding.FORMATS}
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and os.path.isfile(path)]
     if not paths:
         raise UserError(f"--images: {folder} holds no image files", USAGE)
@@ -300,7 +301,7 @@ def images(
         "image", "label", 1, data.first_size(rows, "image", config, None), config.image_size, skip=skip
     )
     loader = loading.batches(rows, config, model.batch_size, collate)
-    target = args.output or folder / f"images-{_plain_name(args.images)}{_suffix(args)}.csv"
+    target = args.output or folder / f"images-{_plain_name(args.images)}{suffix(args.tta, args.limit, args.seed)}.csv"
     seen = corrupt = 0
     with predictions_csv(accelerator, target, model.class_names) as write:
         for batch in model(loader, len(rows), "images"):
@@ -324,7 +325,7 @@ def submission(
     folder: Path,
 ) -> None:
     """The course's submission: `id,label` for each row of its 19 files; labels count classes in the files' order."""
-    target, seen = args.output or folder / f"submission{_suffix(args)}.csv", 0
+    target, seen = args.output or folder / f"submission{suffix(args.tta, args.limit, args.seed)}.csv", 0
     label_of = [order.index(name) for name in model.class_names]
     with whole_csv(accelerator, target, ("id", "label")) as write:
         for batch in model(loading.batches(files, model.config.data, model.batch_size), len(files), "submission"):
@@ -396,12 +397,6 @@ def robustness(
 def _facts(args: argparse.Namespace, model: Classifier, accelerator: Accelerator, rows: int) -> dict:
     facts = {"source": model.config.data.source, "rows": rows, "limit": args.limit, "tta": args.tta}
     return facts | {"epochs": model.epochs, "precision": accelerator.mixed_precision}
-
-
-def _suffix(args: argparse.Namespace) -> str:
-    """What keeps averaged views, quick looks and other corruptions from replacing the plain figures."""
-    parts = {"-": args.tta, "-limit": args.limit, "-seed": args.seed}
-    return "".join(f"{name}{value}" for name, value in parts.items() if value)
 
 
 def _plain_name(path: str | Path) -> str:

@@ -93,6 +93,12 @@ class Corruption(_Part):
     top1: list[Fraction] = Field(min_length=5, max_length=5)  # severities 1 to 5
 
 
+def suffix(tta: str | None, limit: int | None, seed: int | None) -> str:
+    """What files' names end in, so that views, quick looks and other corruptions do not replace the plain figures."""
+    parts = {"-": tta, "-limit": limit, "-seed": seed}
+    return "".join(f"{name}{value}" for name, value in parts.items() if value)
+
+
 class Predictions(_Part):
     """RUN/predictions/NAME.json. Fractions in [0, 1], loss in nats; `confusion` is counts by true, predicted class."""
 
@@ -133,9 +139,7 @@ class Predictions(_Part):
     @property
     def own(self) -> bool:
         """Whether the run's own test split was judged, and no data chosen in its place, which the name would tell."""
-        parts = {"-": self.tta, "-limit": self.limit, "-seed": self.seed}
-        suffix = "".join(f"{name}{value}" for name, value in parts.items() if value)
-        return self.name.removesuffix(suffix) in ("test", "robustness", "cifar100c")
+        return self.name.removesuffix(suffix(self.tta, self.limit, self.seed)) in ("test", "robustness", "cifar100c")
 
     @property
     def rank(self) -> tuple:
