@@ -64,6 +64,13 @@ def test_they_are_metrics_of_the_evaluate_library():
     assert loss.compute() == {"loss": 3.0}
 
 
+def test_what_was_added_before_counts_too():
+    metric = TopKAccuracy(1, keep_in_memory=True)
+    metric.add_batch(predictions=[[3], [3]], references=[3, 3])
+    assert metric.compute(predictions=[[3], [1]], references=[3, 2]) == {"top1": 0.75}
+    assert metric.compute(predictions=[[3], [1]], references=[3, 2]) == {"top1": 0.5}, "and not twice"
+
+
 def a_hundred_rows():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(100, 10, generator=generator), torch.randint(10, (100,), generator=generator)
