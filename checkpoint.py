@@ -31,7 +31,7 @@ from errors import USAGE, UserError
 from files import digest, to_disk
 from metrics import Classification
 from phases import RunState
-from processes import agreed, together
+from processes import agreed, on_main
 
 AGREE_EVERY = 20  # steps after which several processes compare clocks
 BEST = ("config.json", "model.safetensors")  # the files of best/
@@ -117,7 +117,7 @@ class Saved:
                 raise UserError(f"--resume: {what} have changed: {name} was {before}, and is {now[name]}", USAGE)
 
 
-def newest(accelerator: Accelerator, run: Path) -> Saved | None:
+def newest(run: Path) -> Saved | None:
     """The newest whole checkpoint of a run folder; None if there has been none yet. Torn ones are named on stderr.
 
     Raises:
@@ -129,16 +129,12 @@ def newest(accelerator: Accelerator, run: Path) -> Saved | None:
             f"--model.weights {run}/best",
             shared=True,
         )
-    path = [None]
-    with together(accelerator):
-        if accelerator.is_main_process:
-            path = [_newest_whole(run)]
-    path = agreed(accelerator, str(path[0] or ""))
-    if not path:
+    path = on_main(lambda: _newest_whole(run))
+    if path is None:
         return None
-    content = json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))
+    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
     try:
-        return Saved(Path(path), RunState(**content.pop("state")), content)
+        return Saved(path, RunState(**content.pop("state")), content)
     except (KeyError, TypeError) as error:
         raise UserError(f"--resume: {path}/state.json is of another version of this software ({error})") from error
 

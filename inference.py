@@ -21,6 +21,7 @@ import models
 from config import Config
 from errors import UserError
 from metrics import IGNORED
+from processes import no_bar
 
 TOP = 5  # classes that are told of each image, if there are as many
 SHIFT = 1 / 16  # of the image's side, by which --tta shifts moves it each way: 2 pixels of 32
@@ -102,8 +103,7 @@ class Classifier:
         """
         accelerator = self.accelerator
         self.model.eval()
-        hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
-        with tqdm(total=total, desc=title, unit=" images", leave=False, disable=hidden) as bar:
+        with tqdm(total=total, desc=title, unit=" images", leave=False, disable=no_bar()) as bar:
             for batch in accelerator.prepare(loader):
                 pieces = batch["image"].split(self.micro_batch_size)
                 log_probabilities = torch.cat([self._log_probabilities(images) for images in pieces])

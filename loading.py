@@ -12,7 +12,7 @@ from tqdm import tqdm
 from config import DataConfig
 from data import Data, is_streamed
 from decoding import Collate
-from processes import cores_per_process, is_main
+from processes import cores_per_process, is_main, no_bar
 
 FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
 LITTLE = 1 / 20  # of a GPU's memory
@@ -47,14 +47,11 @@ class Given(Dataset):
         return rows
 
 
-def keep_decoded(
-    source: Data, config: DataConfig, device: torch.device, watch=lambda batches: batches, hidden: bool | None = True
-) -> Data:
+def keep_decoded(source: Data, config: DataConfig, device: torch.device, watch=lambda batches: batches) -> Data:
     """The same data with the training and validation rows decoded in memory, if they fit in `keep_mb`.
 
     Each epoch then costs no decoding and needs no workers. What takes little of a GPU's memory is kept there. Streams,
-    images of several sizes, and more than fits are left to be decoded as they are wanted. Shows a progress bar unless
-    it is `hidden` (None: unless on a terminal).
+    images of several sizes, and more than fits are left to be decoded as they are wanted.
 
     Args:
         watch: passes batches on, and may raise.
@@ -72,7 +69,7 @@ def keep_decoded(
     if total * 3 * height * width > config.keep_mb * 2**20:
         return source
     kept, place = {}, device if _takes_little(device, total * 3 * height * width) else torch.device("cpu")
-    with tqdm(total=total, desc="decoding", unit=" images", leave=False, disable=hidden) as bar:
+    with tqdm(total=total, desc="decoding", unit=" images", leave=False, disable=no_bar()) as bar:
         for name, rows in splits.items():
             images = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
             labels = torch.empty(len(rows), dtype=torch.int64)
@@ -99,6 +96,15 @@ def keep_decoded(
                 begin = end
             kept[name] = Pixels(images.to(place), labels.to(place))
     return dataclasses.replace(source, **kept)
+
+
+def describe(source: Data) -> str:
+    """When and where the training images are decoded."""
+    if is_streamed(source):
+        return "streamed"
+    if isinstance(source.train, Pixels):
+        return f"decoded once and kept {'on the GPU' if source.train.images.is_cuda else 'in memory'}"
+    return "decoded in each epoch"
 
 
 def _takes_little(device: torch.device, size: int) -> bool:

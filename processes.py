@@ -1,13 +1,17 @@
 """What the processes of a run agree on, and what each of them may use of its machine."""
 
 import contextlib
+import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from errors import UserError
+
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 
 
 @contextlib.contextmanager
@@ -55,7 +59,22 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def no_bar() -> bool | None:
+    """tqdm's `disable`: the main process alone shows progress, and only on a terminal, which None asks for."""
+    return None if is_main() else True
+
+
 def cores_per_process() -> int:
-    """CPU cores that this process may use (its affinity, where the system has one), shared with its siblings."""
+    """CPU cores that this process may use, shared with its siblings: by its affinity, and its container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = min(cores, _quota())
+    return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _quota() -> float:
+    """Cores' worth of time that Linux's control group (version 2) grants, as after `docker run --cpus 2`."""
+    try:
+        quota, period = CPU_MAX.read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return math.inf

@@ -52,11 +52,9 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
     name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = resume or Path(on_main(lambda: str(config.runs_folder() / name)))
     lock, folder_made = FileLock(run / "checkpoints" / ".lock", blocking=False), not run.parent.exists()
-    with together(accelerator):
-        if accelerator.is_main_process:
-            if not resume:
-                _make(run, config, launch.environment(accelerator))
-            _take(lock, run)
+    if not resume:
+        on_main(lambda: _make(run, config, launch.environment(accelerator)))
+    on_main(lambda: _take(lock, run))
     with together(accelerator):
         if not (run / "config.yaml").is_file():
             raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
@@ -143,23 +141,25 @@ def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: i
         accelerator.print(f"resumed: {note}")
     if accelerator.is_main_process:
         sharing.card_of(run).unlink(missing_ok=True)  # of an earlier end: best/ may change now
-    return record(accelerator, config, run)
+    return record(config, run)
 
 
-def record(accelerator: Accelerator, config: Config, run: Path, **settled) -> Config:
+def record(config: Config, run: Path, **settled) -> Config:
     """Write the configuration into the run folder; `settled` replaces values of its data section.
 
     Raises:
         UserError: it can't be written.
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **settled))
-    with together(accelerator):
-        if accelerator.is_main_process:
-            try:
-                write_whole(run / "config.yaml", _to_run_again(config))
-            except OSError as error:
-                raise UserError(f"{run}/config.yaml can't be written: {error.strerror}") from error
+    on_main(lambda: _write(config, run))
     return config
+
+
+def _write(config: Config, run: Path) -> None:
+    try:
+        write_whole(run / "config.yaml", _to_run_again(config))
+    except OSError as error:
+        raise UserError(f"{run}/config.yaml can't be written: {error.strerror}") from error
 
 
 def _to_run_again(config: Config) -> str:

@@ -7,6 +7,7 @@ import math
 import netrc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from errors import UserError, first_line
 from files import write_whole
 from launch import peak_memory
 from phases import RunState
-from processes import together
+from processes import no_bar, on_main
 
 PROJECT = "phases"  # W&B's project
 WANDB_TIMEOUT = 15  # seconds that W&B may take to connect before the run goes on offline
@@ -45,22 +46,11 @@ class Tracking:
     def __init__(self, accelerator: Accelerator, config: Config, run: Path, state: RunState):
         self.accelerator = accelerator
         self.history = run / "history.jsonl"
-        with together(accelerator):
-            if accelerator.is_main_process:
-                try:
-                    lines = self.history.read_text(encoding="utf-8").splitlines() if self.history.exists() else []
-                except (OSError, ValueError) as error:
-                    raise UserError(f"{self.history} can't be read ({first_line(error)}); put it back") from error
-                if not state.step and len(lines) > 1:  # one is what an end before the first checkpoint leaves
-                    raise UserError(
-                        f"{self.history} holds {len(lines)} epochs, but there is no checkpoint to go on from: put "
-                        "checkpoints/ back, or start a new run"
-                    )
-                if len(lines) < state.epoch:
-                    raise UserError(f"{self.history} holds {len(lines)} epochs, but {state.epoch} were finished")
-                write_whole(self.history, "".join(f"{line}\n" for line in lines[: state.epoch]))
+        on_main(lambda: _forget_later_epochs(self.history, state))
         self.last: tuple[Step, str, int] | None = None  # the newest step, its epoch's title, its number there
+        self.images_per_second: float | None = None  # of the newest epoch's training
         self.batch_size = config.data.batch_size
+        self.phases = {name: phase.epochs for name, phase in config.phases.items()}
         self.tracker_works = config.tracking == "wandb"
         if self.tracker_works:
             _start_wandb(accelerator, config, run, state.tracker_id)
@@ -86,10 +76,10 @@ class Tracking:
         Raises:
             UserError: the loss is no longer finite.
         """
-        hidden = None if self.accelerator.is_main_process else True  # None: hidden unless on a terminal
-        before = made * self.batch_size
-        with tqdm(total=images, initial=before, desc=title, unit=" images", leave=False, disable=hidden) as bar:
+        before, trained, began = made * self.batch_size, 0, time.perf_counter()
+        with tqdm(total=images, initial=before, desc=title, unit=" images", leave=False, disable=no_bar()) as bar:
             for number, step in enumerate(steps, start=made + 1):
+                trained += step.images
                 self.last = (step, title, number)
                 bar.update(step.images)
                 if number % READ_EVERY == 1:
@@ -97,6 +87,7 @@ class Tracking:
                     memory = {key: f"{value:,}" for key, value in peak_memory(self.accelerator).items()}
                     bar.set_postfix(loss=f"{step.loss.item():.3f}", top1=f"{step.top1.item():.1%}", **memory)
                 yield step
+        self.images_per_second = trained / (time.perf_counter() - began)
         self.check_finite()
 
     def check_finite(self) -> None:
@@ -123,14 +114,30 @@ class Tracking:
             )
         raise UserError(f"{what}. Ways on: {ways}", shared=True)
 
-    def epoch(self, row: dict, best: bool, total: int) -> None:
-        """Record one finished epoch (a row of history.jsonl) and print its line.
+    def epoch(
+        self, phase: str, state: RunState, lr: float, trained: dict, validated: dict, seconds: float, best: bool
+    ) -> None:
+        """Record an epoch that has just ended as a row of history.jsonl, and print its line.
 
         Args:
-            row: its `seconds_left` are those of the phase if it is not stopped early; how long the epochs of later
-                phases take, nobody knows yet.
-            total: the epochs of all phases.
+            state: the run's, that epoch included.
+            lr: that it was trained with.
+            trained, validated: `loss`, `top1`, `top5` and, if there were any, the number of `corrupt` images.
+            seconds: what it took, with its validation.
         """
+        counts = {"epoch": state.epoch, "phase_epoch": state.phase_epoch, "step": state.step}
+        row = {"phase": phase} | counts | {"lr": lr}
+        row |= {f"train_{key}": value for key, value in trained.items()}
+        row |= {f"val_{key}": value for key, value in validated.items()}
+        row |= {"seconds": seconds, "images_per_second": self.images_per_second}
+        # Of this phase, if it is not stopped early: how long the epochs of later ones take nobody knows yet.
+        row["seconds_left"] = 0 if state.stopped else (self.phases[phase] - state.phase_epoch) * seconds
+        row |= peak_memory(self.accelerator)
+        for what, figures in (("training", trained), ("validation", validated)):
+            if corrupt := figures.get("corrupt"):
+                self.accelerator.print(
+                    f"phase {phase}, epoch {state.epoch}: {corrupt} {what} images can't be decoded", file=sys.stderr
+                )
         if self.accelerator.is_main_process:
             with self.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -143,7 +150,7 @@ class Tracking:
         if row["val_loss"] is not None:
             validated = f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%}"
         self.accelerator.print(
-            f"epoch {row['epoch']:3d}/{total} {row['phase']:<9s} lr {row['lr']:.1e} | "
+            f"epoch {row['epoch']:3d}/{sum(self.phases.values())} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
             f"{validated} | "
             f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
@@ -167,6 +174,22 @@ class Tracking:
         except Exception as error:  # whatever W&B raises once its service is gone
             self.tracker_works = False
             print(f"W&B is gone ({first_line(error)}): training goes on; see {self.history}", file=sys.stderr)
+
+
+def _forget_later_epochs(history: Path, state: RunState) -> None:
+    """Take out of history.jsonl what will be trained again."""
+    try:
+        lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{history} can't be read ({first_line(error)}); put it back") from error
+    if not state.step and len(lines) > 1:  # one is what an end before the first checkpoint leaves
+        raise UserError(
+            f"{history} holds {len(lines)} epochs, but there is no checkpoint to go on from: put checkpoints/ back, or "
+            "start a new run"
+        )
+    if len(lines) < state.epoch:
+        raise UserError(f"{history} holds {len(lines)} epochs, but {state.epoch} were finished")
+    write_whole(history, "".join(f"{line}\n" for line in lines[: state.epoch]))
 
 
 def _duration(seconds: float) -> str:

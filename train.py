@@ -22,12 +22,11 @@ if __name__ == "__main__":
         hub.check(CONFIG, RESUME)  # and the libraries must know before they are imported whether there is a hub
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch import nn
 
 import augment
 import checkpoint
@@ -45,8 +44,10 @@ from engine import bare, train_epoch, unwrap, validate
 from interrupt import Interrupt
 from metrics import Classification
 from phases import EarlyStopping, RunState, Schedule, make_optimizer
-from processes import together
+from processes import on_main
 from tracking import Tracking
+
+NOT_JUDGED = {"loss": None, "top1": None, "top5": None}  # what is not held out, or not there
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
@@ -60,13 +61,12 @@ def train(config: Config, resume: Path | None = None) -> Path:
         Interrupted: a signal came; everything up to its step is in a checkpoint.
     """
     accelerator = launch.make_accelerator(config)
-    with together(accelerator):
-        if config.push_to_hub and accelerator.is_main_process:
-            sharing.check(config.push_to_hub)
+    if config.push_to_hub:
+        on_main(lambda: sharing.check(config.push_to_hub))
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
         way_on = launch.way_on(accelerator, run)
-        saved = checkpoint.newest(accelerator, run)
+        saved = checkpoint.newest(run)
         state = saved.state if saved else RunState()
         if resume:
             config = runs.settle_changes(accelerator, config, run, begun=state.phase + 1 if saved else 0)
@@ -94,7 +94,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         if config.data.micro_batch_size == "auto":
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, augmentation, size, share)
-            config = runs.record(accelerator, config, run, micro_batch_size=micro_batch_size)
+            config = runs.record(config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
         mix = augment.mixing(config.augment.mix, micro_batch_size)
         if config.cuda_graphs and accelerator.device.type == "cuda":
@@ -117,15 +117,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
         interrupt = stack.enter_context(Interrupt(accelerator, way_on))
         stack.enter_context(launch.ended(accelerator))
 
-        hidden = None if accelerator.is_main_process else True  # None: hidden unless on a terminal
-        source = loading.keep_decoded(source, config.data, accelerator.device, interrupt.watch, hidden)
-        kept = isinstance(source.train, loading.Pixels)
-        streamed = data.is_streamed(source)
-        how = "streamed" if streamed else "decoded in each epoch"
-        if kept:
-            how = f"decoded once and kept {'on the GPU' if source.train.images.is_cuda else 'in memory'}"
-        rows = None if streamed else len(source.train)
-        accelerator.print(f"images: {how}")
+        source = loading.keep_decoded(source, config.data, accelerator.device, interrupt.watch)
+        rows = None if data.is_streamed(source) else len(source.train)
+        accelerator.print(f"images: {loading.describe(source)}")
         accelerator.print(f"batch: {launch.describe_batch(config, accelerator, micro_batch_size, rows)}")
         train_rows = loading.loader(source, "train", config.data, share)
         validation_rows = loading.loader(source, "validation", config.data, share)
@@ -138,7 +132,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
             # Everything is prepared afresh in each phase: a wrapper made before parameters were unfrozen would not
             # synchronise them. The schedule is not prepared, since Accelerate would step it once per process.
-            trained_names = models.freeze_all_but(model, phase.modules)
+            models.freeze_all_but(model, phase.modules)
             optimizer = make_optimizer(phase, model)
             schedule, stopping = Schedule(optimizer, phase), EarlyStopping(phase.early_stopping)
             metrics = Classification()
@@ -151,38 +145,35 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 if state.phase_epoch:
                     schedule.load_state_dict(state.schedule)
                     stopping = EarlyStopping(**state.early_stopping)
-                saved = None
-            folded = folding.fold(bare(accelerator, model), size, accelerator.mixed_precision)
+                saved = None  # the next phase goes on from this one
+            precision = accelerator.mixed_precision
+            folded = folding.fold(bare(accelerator, model), size, precision)
             recorded = config.cuda_graphs and graphs.record(accelerator, model, (micro_batch_size, 3, *size))
-            accelerator.print(describe_phase(accelerator, config, name, model, trained_names, folded, recorded))
+            accelerator.print(describe_phase(config, name, model, precision, folded, recorded))
 
             profile = config.profile  # of the first epoch of this phase that is trained here from its beginning
             while state.phase_epoch < phase.epochs and not state.stopped:
-                began, lr, images = time.perf_counter(), optimizer.param_groups[0]["lr"], 0
+                title, lr = f"phase {name}, epoch {state.epoch + 1}", optimizer.param_groups[0]["lr"]
+                began = time.perf_counter() - state.epoch_seconds  # as if a resumed epoch had not been interrupted
                 train_loader.set_epoch(state.epoch)
                 loading.spare_workers(source, train_loader, val_loader)
                 # Resumed in mid-epoch, pass over what has been trained on, which draws no random numbers.
-                passed, spent = state.epoch_step, state.epoch_seconds
-                rest = loading.pass_over(accelerator, train_loader, passed)
+                rest = loading.pass_over(accelerator, train_loader, state.epoch_step)
                 steps = train_epoch(
                     accelerator, model, rest, augmentation, optimizer, metrics, micro_batch_size, config.clip_norm, mix
                 )
-                if profile and not passed and accelerator.is_main_process:
+                if profile and not state.epoch_step and accelerator.is_main_process:
                     steps = profiling.traced(steps, profile, run / "profile" / f"{name}.json.gz")
                     profile = None
-                title = f"phase {name}, epoch {state.epoch + 1}"
                 total = loading.images_in(train_loader, config.data.batch_size, source)
                 try:
-                    for step in tracking.watch(steps, title, total, state.epoch_step):
-                        images += step.images
-                        state.end_step(spent + time.perf_counter() - began)
+                    for _ in tracking.watch(steps, title, total, state.epoch_step):
+                        state.end_step(time.perf_counter() - began)
                         if checkpoints.due(state):
                             tracking.check_finite()
                             checkpoints.save(state, metrics)
                         interrupt.check()
-                    training_ended, steps_made = time.perf_counter(), max(1, state.epoch_step - passed)
-                    whole_epoch = state.epoch_step / steps_made * (training_ended - began)
-                    validated = dict.fromkeys(("loss", "top1", "top5"))
+                    validated = NOT_JUDGED
                     if val_loader is not None:
                         val_batches = interrupt.watch(val_loader)
                         validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
@@ -191,31 +182,12 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     tracking.check_finite()
                     checkpoints.save(state, metrics)
                     raise
-                ended = time.perf_counter()
 
                 # From here on every process has the same figures, and so takes the same decisions.
-                trained = metrics.compute(gather_object)
+                trained, seconds = metrics.compute(gather_object), time.perf_counter() - began
                 schedule.step(validated["top1"])
-                seconds = spent + ended - began
                 best = state.end_epoch(validated["top1"], seconds, schedule, stopping)
-                row = {
-                    "phase": name,
-                    "epoch": state.epoch,
-                    "phase_epoch": state.phase_epoch,
-                    "step": state.step,
-                    "lr": lr,
-                }
-                row |= {f"train_{key}": value for key, value in trained.items()}
-                row |= {f"val_{key}": value for key, value in validated.items()}
-                row |= {"seconds": seconds, "images_per_second": images / (training_ended - began)}
-                epochs_left = 0 if state.stopped else phase.epochs - state.phase_epoch
-                row["seconds_left"] = epochs_left * (whole_epoch + ended - training_ended)
-                row |= launch.peak_memory(accelerator)
-                for what, figures in (("training", trained), ("validation", validated)):
-                    if "corrupt" in figures:
-                        told = f"{title}: {figures['corrupt']} {what} images can't be decoded"
-                        accelerator.print(told, file=sys.stderr)
-                tracking.epoch(row, best, total=sum(phase.epochs for phase in config.phases.values()))
+                tracking.epoch(name, state, lr, trained, validated, seconds, best)
                 if best and accelerator.is_main_process:
                     checkpoint.save_best(bare(accelerator, model), run)
                 checkpoints.save(state, metrics)
@@ -230,7 +202,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         # The test split is read here for the first and only time, with the weights that were best on validation
         # (without folds, with the last ones).
         checkpoint.load_best(model, run)
-        tested = dict.fromkeys(("loss", "top1", "top5"))
+        tested = NOT_JUDGED
         if source.test is not None:
             model = accelerator.prepare_model(model, evaluation_mode=True)
             test_loader = accelerator.prepare(loading.loader(source, "test", config.data, share))
@@ -249,15 +221,13 @@ def train(config: Config, resume: Path | None = None) -> Path:
     return run
 
 
-def describe_phase(
-    accelerator: Accelerator, config: Config, name: str, model, trained_names: list[str], folded: int, recorded: bool
-) -> str:
-    phase, parameters = config.phases[name], dict(bare(accelerator, model).named_parameters())
-    trained, total = sum(parameters[key].numel() for key in trained_names), sum(p.numel() for p in parameters.values())
+def describe_phase(config: Config, name: str, model: nn.Module, precision: str, folded: int, recorded: bool) -> str:
+    phase, parameters = config.phases[name], list(model.parameters())
+    trained, total = sum(it.numel() for it in parameters if it.requires_grad), sum(it.numel() for it in parameters)
     return (
         f"phase {name}: trains {', '.join(phase.modules)} ({trained:,} of {total:,} parameters) for up to "
         f"{phase.epochs} epochs; {phase.optimizer}, lr {phase.lr:g} {phase.schedule}; "
-        f"precision {accelerator.mixed_precision}; {folded} frozen batch norms folded"
+        f"precision {precision}; {folded} frozen batch norms folded"
         f"{', recorded as CUDA graphs' * recorded}"
     )
 

@@ -3,6 +3,7 @@
 Each takes a turn (turns.py) with what it is when it is ready, and with each epoch.
 """
 
+import json
 import os
 import time
 
@@ -45,9 +46,9 @@ def ours(config, report=lambda row: row["images_per_second"]) -> None:
             turns.take({"what": self.accelerator.mixed_precision.replace("no", "fp32")})
             return super().__enter__()
 
-        def epoch(self, row, *rest, **named):
-            super().epoch(row, *rest, **named)
-            turns.take(report(row))
+        def epoch(self, *figures):
+            super().epoch(*figures)
+            turns.take(report(json.loads(self.history.read_text(encoding="utf-8").splitlines()[-1])))
 
     train.Tracking = TakingTurns
     train.train(config)

@@ -71,9 +71,9 @@ def watched(place: mmap.mmap, name: str, function):
 def child(config, resume: Path | None, place: mmap.mmap) -> None:
     describe = train.describe_phase
 
-    def begin_phase(accelerator, config, name, *rest):
+    def begin_phase(config, name, *rest):
         place[0] = PLACES.index("phase 1" if name == "head" else "phase 2")
-        return describe(accelerator, config, name, *rest)
+        return describe(config, name, *rest)
 
     train.describe_phase = begin_phase
     train.validate = watched(place, "validation", train.validate)

@@ -61,7 +61,7 @@ def test_what_is_saved_comes_back_random_states_and_the_epochs_figures_included(
     for _ in range(2):
         step(model, optimizer)
         expected.append((model.weight.detach().clone(), draws()))
-    saved = checkpoint.newest(accelerator, tmp_path)
+    saved = checkpoint.newest(tmp_path)
     assert saved.state == RunState(epoch=1, epoch_step=3, step=9, best_top1=0.25)
     assert saved.facts == {"data": {"rows": 7}}
     epoch = checkpoint.restore(accelerator, saved, tmp_path)
@@ -80,7 +80,7 @@ def test_older_checkpoints_are_pruned_and_the_newest_is_found(prepared, tmp_path
         save(accelerator, tmp_path, epoch=epoch, step=number)
     names = [path.name for path in checkpoint._folders(tmp_path)]
     assert names == ["00009-000000090", "00010-000000100"]
-    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 10
+    assert checkpoint.newest(tmp_path).state.epoch == 10
     save(accelerator, tmp_path, keep=1, epoch=11, step=110)
     assert len(checkpoint._folders(tmp_path)) == 1
 
@@ -98,9 +98,9 @@ def test_an_unfinished_checkpoint_is_not_taken(prepared, tmp_path):
     accelerator, *_ = prepared
     save(accelerator, tmp_path, epoch=1)
     accelerator.save_state(str(tmp_path / "checkpoints" / "unfinished"))
-    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 1
+    assert checkpoint.newest(tmp_path).state.epoch == 1
     save(accelerator, tmp_path, epoch=2)
-    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 2
+    assert checkpoint.newest(tmp_path).state.epoch == 2
 
 
 def test_the_runs_state_is_json(prepared, tmp_path):
@@ -111,12 +111,11 @@ def test_the_runs_state_is_json(prepared, tmp_path):
     assert len(content["state"]["tracker_id"]) == 32
 
 
-def test_nothing_to_resume_and_nothing_left_to_do(prepared, tmp_path):
-    accelerator, *_ = prepared
-    assert checkpoint.newest(accelerator, tmp_path) is None
+def test_nothing_to_resume_and_nothing_left_to_do(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is finished"):
-        checkpoint.newest(accelerator, tmp_path)
+        checkpoint.newest(tmp_path)
 
 
 # ---- torn checkpoints -------------------------------------------------------------------------------------------
@@ -158,7 +157,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(two_checkpoints, 
     older, newer = checkpoint._folders(run)
     assert {path.relative_to(newer).as_posix() for path in newer.rglob("*") if path.is_file()} == set(FILES)
     damage(newer / name)
-    saved = checkpoint.newest(Accelerator(cpu=True), run)
+    saved = checkpoint.newest(run)
     assert (saved.path, saved.state.epoch) == (older, 1)
     told = capsys.readouterr().err
     assert str(newer) in told and name in told and len(told.splitlines()) == 1
@@ -166,7 +165,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(two_checkpoints, 
     damage(older / name)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"no checkpoint of .* is whole") as caught:
-        checkpoint.newest(Accelerator(cpu=True), run)
+        checkpoint.newest(run)
     assert str(older) in str(caught.value) and str(newer) in str(caught.value)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, "nothing is overwritten"
 
@@ -179,7 +178,7 @@ def test_a_checkpoint_that_can_not_be_read_is_torn(two_checkpoints, tmp_path, ca
     older, newer = checkpoint._folders(run)
     (newer / name).unlink()
     (newer / name).symlink_to("/proc/self/mem")
-    assert checkpoint.newest(Accelerator(cpu=True), run).path == older
+    assert checkpoint.newest(run).path == older
     told = capsys.readouterr().err
     assert str(newer) in told and name in told and len(told.splitlines()) == 1
 
@@ -214,7 +213,7 @@ def test_whatever_stands_in_a_checkpoints_place_gives_way(prepared, tmp_path):
     (tmp_path / "checkpoints" / "00002-000000006").write_text("")
     for epoch in (1, 2):
         save(accelerator, tmp_path, epoch=epoch, step=3 * epoch)
-    assert checkpoint.newest(accelerator, tmp_path).state.epoch == 2
+    assert checkpoint.newest(tmp_path).state.epoch == 2
     assert not any(path.is_symlink() for path in (tmp_path / "checkpoints").iterdir())
     assert (tmp_path / "mine" / "kept").exists()
 
@@ -228,7 +227,7 @@ def test_best_goes_back_to_what_it_was_at_the_checkpoint(prepared, tmp_path):
     save(accelerator, tmp_path, epoch=1)
     for name in checkpoint.BEST:
         (tmp_path / "best" / name).write_text("later")
-    checkpoint.restore(accelerator, checkpoint.newest(accelerator, tmp_path), tmp_path)
+    checkpoint.restore(accelerator, checkpoint.newest(tmp_path), tmp_path)
     assert {path.name: path.read_text() for path in (tmp_path / "best").iterdir()} == dict.fromkeys(
         checkpoint.BEST, "then"
     )
@@ -238,7 +237,7 @@ def test_random_states_that_can_not_be_restored_are_an_error(prepared, tmp_path)
     """Accelerate would go on without a word."""
     accelerator, *_ = prepared
     save(accelerator, tmp_path, epoch=1)
-    saved = checkpoint.newest(accelerator, tmp_path)
+    saved = checkpoint.newest(tmp_path)
     path = saved.path / "random_states_0.pkl"
     states = checkpoint.load_safely(path)
     for wrong in (dict(states, torch_manual_seed=torch.zeros(3, dtype=torch.uint8)), dict(states, random_state=None)):
@@ -253,7 +252,7 @@ def test_random_states_that_can_not_be_restored_are_an_error(prepared, tmp_path)
 def test_a_pickle_that_would_run_code_is_refused(prepared, tmp_path):
     accelerator, *_ = prepared
     save(accelerator, tmp_path, epoch=1)
-    saved = checkpoint.newest(accelerator, tmp_path)
+    saved = checkpoint.newest(tmp_path)
     witness = tmp_path / "witness"
 
     class Payload:
@@ -266,7 +265,7 @@ def test_a_pickle_that_would_run_code_is_refused(prepared, tmp_path):
         (saved.path / "manifest.json").unlink()
         checkpoint._seal(saved.path)  # an attacker can write manifests, too
         with pytest.raises(UserError, match="holds a pickle that could run code"):
-            checkpoint.restore(accelerator, checkpoint.newest(accelerator, tmp_path), tmp_path)
+            checkpoint.restore(accelerator, checkpoint.newest(tmp_path), tmp_path)
         assert not witness.exists()
         (saved.path / name).write_bytes(good)
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ import models
 from config import DataConfig, ModelConfig
 from engine import validate
 from errors import UserError
+from processes import cores_per_process
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
@@ -102,6 +104,7 @@ def test_fp16_on_a_cpu_is_refused(make_config, monkeypatch):
 def test_threads_are_all_cores_unless_the_user_says_otherwise(make_config, monkeypatch, given, processes, threads):
     """accelerate launch sets OMP_NUM_THREADS to 1 where the user did not."""
     monkeypatch.setattr("processes.os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("processes.CPU_MAX", Path("nowhere"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -112,6 +115,25 @@ def test_threads_are_all_cores_unless_the_user_says_otherwise(make_config, monke
         assert torch.get_num_threads() == {"all": 8, "half": 4}.get(threads, threads)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("quota", "siblings", "cores"),
+    [
+        ("200000 100000\n", 1, 2),
+        ("50000 100000\n", 1, 1),
+        ("400000 100000\n", 2, 2),
+        ("max 100000\n", 1, 8),
+        (None, 1, 8),
+    ],
+)
+def test_cores_are_no_more_than_a_containers_quota(monkeypatch, tmp_path, quota, siblings, cores):
+    monkeypatch.setattr("processes.os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("processes.CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(siblings))
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert cores_per_process() == cores
 
 
 @pytest.mark.parametrize(

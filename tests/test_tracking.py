@@ -11,7 +11,7 @@ import pytest
 import torch
 import wandb
 from accelerate import Accelerator
-from conftest import error_of, kill_a_child, wait_until
+from conftest import error_of, kill_a_child, phase, wait_until
 from wandb_server import WandbServer
 
 import tracking
@@ -20,17 +20,25 @@ from errors import UserError
 from phases import RunState
 from tracking import Tracking
 
-ROW = {"phase": "head", "epoch": 1, "lr": 1e-3, "seconds": 3.0, "images_per_second": 99.0, "seconds_left": 240.0}
+TRAINED, VALIDATED = {"loss": 1.0, "top1": 0.5, "top5": 0.9}, {"loss": 2.0, "top1": 0.25, "top5": 0.75}
+ROW = {"phase": "head", "phase_epoch": 1, "step": 9, "lr": 1e-3, "images_per_second": 99.0}
 ROW |= {"train_loss": 1.0, "train_top1": 0.5, "train_top5": 0.9, "val_loss": 2.0, "val_top1": 0.25, "val_top5": 0.75}
 
 
 @pytest.fixture
 def start(make_config, tmp_path):
-    def make(state=None, **values):
+    def make(phases=None, state=None, **values):
         accelerator = Accelerator(cpu=True, log_with="wandb" if values.get("tracking") == "wandb" else None)
-        return Tracking(accelerator, make_config(**values), tmp_path, state or RunState())
+        return Tracking(accelerator, make_config(phases, **values), tmp_path, state or RunState())
 
     return make
+
+
+def end_epoch(track, number=1, best=True, trained=TRAINED, validated=VALIDATED):
+    """An epoch of the phase head, of three that take four minutes each."""
+    track.images_per_second = 99.0
+    state = RunState(epoch=number, phase_epoch=number, step=9)
+    track.epoch("head", state, 1e-3, trained, validated, 240.0, best)
 
 
 def lines(tmp_path):
@@ -38,21 +46,30 @@ def lines(tmp_path):
 
 
 def test_history_has_one_line_per_epoch_and_is_on_disk_at_once(start, tmp_path, capsys):
-    track = start()
+    track = start({"head": phase(epochs=2), "finetune": phase(epochs=3)})
     for epoch in (1, 2):
-        track.epoch(ROW | {"epoch": epoch}, best=True, total=2)
-        assert lines(tmp_path)[-1] == ROW | {"epoch": epoch}
+        end_epoch(track, epoch)
+        times = {"seconds": 240.0, "seconds_left": 240.0 * (2 - epoch)}
+        assert lines(tmp_path)[-1] == ROW | times | {"epoch": epoch, "phase_epoch": epoch}
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2
-    for part in ("1/2", "head", "25.00%", "best", "99 images/s, about 4 min of head left"):
+    for part in ("1/5", "head", "25.00%", "best", "240.0 s, 99 images/s, about 4 min of head left"):
         assert part in printed[0]
+    assert "left" not in printed[1]
+
+
+def test_images_that_can_not_be_decoded_are_told_with_their_number(start, tmp_path, capsys):
+    end_epoch(start(), 2, trained=TRAINED | {"corrupt": 3}, validated=VALIDATED | {"corrupt": 1})
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"phase head, epoch 2: {what} images can't be decoded" for what in ("3 training", "1 validation")]
+    assert (lines(tmp_path)[-1]["train_corrupt"], lines(tmp_path)[-1]["val_corrupt"]) == (3, 1)
 
 
 def test_a_resumed_history_forgets_the_epochs_that_are_trained_again(start, tmp_path):
     track = start()
     for epoch in (1, 2, 3):
-        track.epoch(ROW | {"epoch": epoch}, best=False, total=3)
-    start(RunState(epoch=2, step=6))
+        end_epoch(track, epoch, best=False)
+    start(state=RunState(epoch=2, step=6))
     assert [row["epoch"] for row in lines(tmp_path)] == [1, 2]
 
 
@@ -151,7 +168,7 @@ def no_account(monkeypatch, tmp_path):
 
 def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, no_account, capsys):
     with start(tracking="wandb") as track:
-        track.epoch(ROW, best=True, total=1)
+        end_epoch(track)
         track.finish({"test_top1": 0.5})
     err = capsys.readouterr().err
     assert f"W&B: there is no API key: offline. To upload later: wandb sync {tmp_path}/wandb/offline-run-*" in err
@@ -188,7 +205,7 @@ def test_wandb_that_can_not_be_reached_goes_offline_too(start, tmp_path, no_acco
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(tracking, "WANDB_TIMEOUT", 3)
     with start(tracking="wandb") as track:
-        track.epoch(ROW, best=True, total=1)
+        end_epoch(track)
         track.finish({})
     err = capsys.readouterr().err
     assert "W&B: it can't be reached (" in err
@@ -199,9 +216,9 @@ def test_wandb_that_can_not_be_reached_goes_offline_too(start, tmp_path, no_acco
 def test_a_resumed_run_goes_on_under_the_same_id_in_wandb(start, tmp_path, no_account):
     state = RunState()
     for epoch in (1, 2):
-        with start(state, tracking="wandb") as track:
+        with start(state=state, tracking="wandb") as track:
             assert wandb.run.id == state.tracker_id
-            track.epoch(ROW | {"epoch": epoch}, best=True, total=2)
+            end_epoch(track, epoch)
             state.epoch = epoch
         wandb.teardown()
     ids = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
