@@ -17,7 +17,7 @@ from metrics import IGNORED
 
 
 class Normalize(nn.Module):
-    """uint8 images (B, 3, H, W) to normalised float32, brought to `image_size` pixels a side first if that is given.
+    """uint8 images (B, 3, H, W) to normalised float32, brought to `image_size` pixels a side if that is given.
 
     With `distorts` they go through `distort` once they are augmented.
     """
@@ -35,7 +35,9 @@ class Normalize(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to such of the size that the model sees, augmented and distorted."""
+        """Images in [0, 1] to such of the size that the model sees, augmented and distorted while they are small."""
+        if self.image_size and self.image_size > max(images.shape[-2:]):
+            return self._resize(self._changed(images))
         return self._changed(self._resize(images))
 
     def augment(self, images: Tensor) -> Tensor:
@@ -89,12 +91,6 @@ class AugMix(Normalize):
     CHAINS = 3
     DEPTH = 3  # operations in a chain, at the most
     STRENGTH = 0.01, 0.3  # of an operation's largest
-
-    def prepare(self, images: Tensor) -> Tensor:
-        # What is to be enlarged is augmented first: operations are dear, and cost a quarter at half the side.
-        if self.image_size and self.image_size > max(images.shape[-2:]):
-            return self._resize(self._changed(images))
-        return super().prepare(images)
 
     @torch.no_grad()
     def augment(self, images: Tensor) -> Tensor:
@@ -240,8 +236,7 @@ def distort(images: Tensor) -> Tensor:
     """Speckle noise on a quarter of the images and a Gaussian blur on another, of a strength drawn for each.
 
     Neither is one of the 15 corruptions that robustness is the mean over: they are two of the four that were meant for
-    tuning (`corruptions.MEAN_15`). They are relatives of the noises and blurs among the 15, though. Where the policy
-    augments what is enlarged already, each enlarged pixel has its own noise, and the blur has grown with the image.
+    tuning (`corruptions.MEAN_15`). They are relatives of the noises and blurs among the 15, though.
 
     Args:
         images: (B, 3, H, W) in [0, 1], and so is what is returned.
