@@ -24,6 +24,7 @@ import hub
 from config import ModelConfig
 from errors import USAGE, UserError, first_line
 
+SAME_WEIGHTS = {"resnet50_small_stem": "resnet50"}  # architectures that have another one's, key for key
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)  # of the training split's pixels, by channel
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 
@@ -273,8 +274,9 @@ def _weights_file(path: Path, name: str) -> tuple[Path, dict]:
             raise ValueError("mean and std are three numbers each, and std is not 0")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"model.weights: {described} is not timm's ({type(error).__name__}: {error})") from error
-    if saved.get("architecture") != timm.models.split_model_name_tag(name)[0]:
-        raise UserError(f"model.weights: {path} is a {saved.get('architecture')}, but model.name is {name}", USAGE)
+    architecture, wanted = str(saved.get("architecture")), timm.models.split_model_name_tag(name)[0]
+    if SAME_WEIGHTS.get(architecture, architecture) != SAME_WEIGHTS.get(wanted, wanted):
+        raise UserError(f"model.weights: {path} is a {architecture}, but model.name is {name}", USAGE)
     return file, cfg
 
 

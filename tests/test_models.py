@@ -164,6 +164,16 @@ def test_a_best_folder_of_another_architecture_is_an_error(tmp_path):
         create(weights=str(tmp_path / "best"))
 
 
+def test_the_small_stem_takes_a_plain_resnets_best_folder_with_its_normalisation(tmp_path):
+    """What recipes/resnet50_tiny_imagenet.yaml leaves is what recipes/resnet50_best_gpu.yaml starts from."""
+    plain = create("resnet50")[0]
+    plain.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    checkpoint.save_best(plain, tmp_path)
+    small, _ = create("resnet50_small_stem", weights=str(tmp_path / "best"))
+    assert small.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    assert torch.equal(small.layer4[0].conv2.weight, plain.layer4[0].conv2.weight)
+
+
 def test_a_folder_that_is_not_timms_is_an_error(tmp_path):
     checkpoint.save_best(create()[0], tmp_path)
     (tmp_path / "best" / "config.json").write_text('{"architectures": ["ResNetForImageClassification"]}')
