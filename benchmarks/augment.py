@@ -35,7 +35,7 @@ def main() -> None:
     from models import CIFAR100_MEAN, CIFAR100_STD
     from recipe import check
 
-    source = data.load(DataConfig(source="embedded", embedded_rows=args.batch_size * 4))
+    source = data.load(DataConfig(source="embedded", embedded_rows=max(200, args.batch_size)))
     rows = [source.train[i % len(source.train)] for i in range(args.batch_size)]
     images = [decoding.decode(row[source.image]) for row in rows]
     batch = decoding.Collate(source.image, source.label, len(source.class_names), source.size, None)(rows)["image"]

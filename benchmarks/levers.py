@@ -6,8 +6,8 @@
 A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16
 (fp32 where that would be emulated): 1.50 means that it makes an epoch's training half as fast again. What train.py has
 is taken out for this, by patches (speed.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
-the median of the rounds' ratios. Levers of GPUs are left out on a CPU, those of CPUs on a GPU,
-and bf16 where it would be emulated.
+the median of the rounds' ratios. Levers of GPUs are left out on a CPU, those of CPUs on a GPU, and bf16 where it would
+be emulated.
 """
 
 import argparse
@@ -24,8 +24,7 @@ FROZEN = ("resnet50:head", "resnet50:finetune")
 ALL = ("deep_cnn", *FROZEN)
 LEVERS = {  # patches with the lever, patches without it, the cases to measure it for
     "bf16": (["bf16"], ["fp32"], ALL),
-    "images_channels_last": ([], ["images_contiguous"], ALL),
-    "folded_channels_last": ([], ["folded_contiguous"], FROZEN),
+    "channels_last": ([], ["images_contiguous", "folded_contiguous"], ALL),
     "weights_contiguous": ([], ["weights_channels_last"], ALL),
     "frozen_in_eval_mode": (["unfolded"], ["drifting_batch_norm"], FROZEN),
     "folding": ([], ["unfolded"], FROZEN),
@@ -46,7 +45,7 @@ CPU_ONLY = (
     "glibc_keeps_memory",
     "thread_per_core",
     "weights_contiguous",
-    "images_channels_last",  # graphs copy them
+    "channels_last",  # graphs copy the images
     "small_maps_as_products",
 )
 GPU_ONLY = ("cuda_graphs", "images_on_gpu")
@@ -88,6 +87,7 @@ def measure(case: str, args, folder: Path) -> list[dict]:
     for name in args.levers:
         with_it, without, cases = LEVERS[name]
         if case not in cases or name in elsewhere:
+            print(f"{name:32s}{case:19s} left out: it does nothing {'here' if case in cases else 'for this case'}")
             continue
         pair = [start(patches, source) if patches else default for patches in (with_it, without)]
         turns.alternate(pair, args.rounds)
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS), help="which of them [all]")
     parser.add_argument("--batch_size", type=turns.positive, default=64, help="images a step [64]")
     parser.add_argument("--rounds", type=turns.positive, default=5, help="turns of each that count [5]")
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn at train.py's rate [4]")
+    parser.add_argument("--seconds", type=turns.seconds, default=4.0, help="length of a turn at train.py's rate [4]")
     turns.add_options(parser, "levers")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()

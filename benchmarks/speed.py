@@ -27,14 +27,21 @@ def folded_contiguous():
     def folded_so(fold):
         def fold_contiguous(model, *rest):
             count = fold(model, *rest)
-            for module in model.modules():
-                if isinstance(folded := vars(module).get("forward"), folding._FoldedConv):
-                    folded.weight = folded.weight.contiguous()
+            contiguous_folds(model)
             return count
 
         return fold_contiguous
 
     patching.patch(folding, "fold", folded_so)
+
+
+def contiguous_folds(model) -> None:
+    """Bring a model's folded weights into torch's default memory layout."""
+    import folding
+
+    for module in model.modules():
+        if isinstance(folded := vars(module).get("forward"), folding._FoldedConv):
+            folded.weight = folded.weight.contiguous()
 
 
 @patching.named
@@ -94,8 +101,11 @@ def read_in_each_step():
 @patching.named
 def one_thread():
     """What accelerate launch sets a CPU training to."""
+    import os
+
     import launch
 
+    os.environ.pop("OMP_NUM_THREADS", None)  # a user's own number would be left alone
     patching.patch(launch, "cores_per_process", lambda _: lambda: 1)
 
 

@@ -9,6 +9,7 @@ import atexit
 import datetime
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -171,6 +172,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"should be a whole number from 1, not {text}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    """argparse's type of a length of time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"should be a number of seconds above 0, not {text}")
+    return value
 
 
 def count(text: str) -> int:

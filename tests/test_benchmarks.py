@@ -40,6 +40,7 @@ def test_help_teaches(command, script):
         ("scaling.py --output /nowhere/x", "--output: there is no folder /nowhere"),
         ("augment.py --batches 0", "--batches: should be a whole number from 1, not 0"),
         ("levers.py --rounds 0", "--rounds: should be a whole number from 1, not 0"),
+        ("throughput.py --seconds nan", "--seconds: should be a number of seconds above 0, not nan"),
         ("scaling.py --rows 1k", "--rows: should be a whole number from 1, not 1k"),
         ("time_to_accuracy.py --weights nowhere.safetensors", "--weights: there is no file nowhere.safetensors"),
     ],
