@@ -16,6 +16,7 @@ Here runs are made; results_plan.py says which, and results_tables.py writes the
 
 import argparse
 import datetime
+import functools
 import json
 import os
 import shlex
@@ -49,10 +50,14 @@ from recipe import read_yaml
 
 def complete(row: Row, run: str, args) -> None:
     """Train a run, or go on with it, judge it, and keep its small files."""
-    check_startable(row, run, args.runs)
+    check_startable(row, run, args)
     folder, note, command = args.runs / run, note_of(args.runs, run), row.runs()[run]
-    made = {"command": shlex.join(command), "precision": args.mixed_precision, "sessions": []}
-    if note.is_file():
+    if folder.is_dir() and not row.can_be_resumed and not (folder / "summary.json").is_file():
+        print(f"{run} was cut short, and can't be gone on with: it starts again")
+        shutil.rmtree(folder)
+    precision = args.mixed_precision or next((other["precision"] for other in beside(row)), "no")
+    made = {"command": shlex.join(command), "precision": precision, "sessions": []}
+    if note.is_file() and folder.is_dir():
         made = read_made(note)
 
     def session(does: str, *words: str) -> None:
@@ -77,9 +82,9 @@ def complete(row: Row, run: str, args) -> None:
     keep(row, folder, note)
 
 
-def check_startable(row: Row, run: str, runs: Path) -> None:
-    """UserError if what is in the way of a run has to be moved or deleted first."""
-    folder, note = runs / run, note_of(runs, run)
+def check_startable(row: Row, run: str, args) -> None:
+    """UserError if something is in a run's way, or if it would be unlike those that it stands beside in the tables."""
+    folder, note = args.runs / run, note_of(args.runs, run)
     if folder.exists() and not note.is_file():
         raise UserError(f"{folder} is there, but not {note}, which says how it was made: move it away")
     if note.is_file() and not as_planned(row, run, folder, note):
@@ -87,6 +92,36 @@ def check_startable(row: Row, run: str, runs: Path) -> None:
             f"{folder} was started by another command than the plan's, or its recipe has changed since: delete it and "
             f"{note} to start over"
         )
+    if note.is_file() and folder.is_dir():
+        return  # it goes on as it was begun
+    for made in beside(row):
+        if args.mixed_precision not in (None, made["precision"]):
+            raise UserError(
+                f"--mixed_precision {args.mixed_precision}: {row.name} is compared with runs in {made['precision']}, "
+                "or averaged with them; leave it out",
+                USAGE,
+            )
+        weights = {it["weights_sha256"] for it in made["sessions"] if "weights_sha256" in it}
+        if "WEIGHTS" in row.options and weights and weights != weights_given(args.weights):
+            raise UserError(
+                f"--weights: {row.name} is compared with runs from other weights, or averaged with them: their "
+                f"SHA-256 begins with {min(weights)[:12]}. To start over with these, delete "
+                f"{RESULTS}/{row.against or row.name}*",
+                USAGE,
+            )
+
+
+def beside(row: Row) -> list[dict]:
+    """How those kept runs were made that a row is averaged over, or compared with."""
+    names = [name for name in (row.name, row.against) if name]
+    return [read_made(path) for name in names for path in sorted(RESULTS.glob(f"{name}-seed*/{MADE}"))]
+
+
+@functools.cache
+def weights_given(weights: str) -> set[str]:
+    """The SHA-256 of --weights; nothing if there is no such file, which is told elsewhere."""
+    file = weights_file(weights)
+    return {digest(file)} if os.path.isfile(file) else set()
 
 
 def weights_of(folder: Path, given: str) -> Path:
@@ -149,7 +184,11 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="rebuild the tables")
     parser.add_argument("--data", default="uoft-cs/cifar100", help="CIFAR-100: folder of parquet [the hub's]")
     parser.add_argument("--weights", help="ResNet-50 pretrained on Tiny ImageNet: .safetensors, or a run's best/")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of new runs [no]")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "bf16", "fp16"),
+        help="of new runs [that of the kept ones that they are compared with or averaged with; else no]",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs [runs]")
     args = parser.parse_args()
     args.runs = args.runs.absolute()
@@ -168,13 +207,27 @@ def main() -> None:
     missing = [(row, run) for row in wanted for run in row.runs() if state(row, run, args.runs) != "done"]
     if lacking := [row.name for row, _ in missing if "WEIGHTS" in row.options and not args.weights]:
         raise UserError(f"--weights: {lacking[0]} needs them; or name other rows after --run", USAGE)
-    for row, run in missing:
-        check_startable(row, run, args.runs)
+    for row, run in list(missing):
+        try:
+            check_startable(row, run, args)
+        except UserError as error:
+            if args.run:
+                raise
+            print(f"{run} is left out: {error}", file=sys.stderr)
+            missing.remove((row, run))
     if args.weights and not os.path.isfile(weights_file(args.weights)):
         raise UserError(f"--weights: {args.weights} is no file of weights and no run's best/", USAGE)
+    failed = []
     for row, run in missing:
-        complete(row, run, args)
-        write_tables(plan, args.runs)
+        try:
+            complete(row, run, args)
+        except UserError as error:  # the next one may be better off
+            print(f"error: {error}", file=sys.stderr)
+            failed.append(run)
+        else:
+            write_tables(plan, args.runs)
+    if failed:
+        raise UserError(f"not made, for the reasons above: {', '.join(failed)}")
     if args.tables or args.run is not None:
         return None if missing else write_tables(plan, args.runs)
     for row in plan:

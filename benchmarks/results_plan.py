@@ -29,7 +29,7 @@ ROBUSTNESS = "predictions/robustness.json"
 WEIGHTS = ["--model.weights", "WEIGHTS"]
 MEASURED = r"^(# )Measured on [^\n]*(\n)"  # a recipe's line
 
-Part = Literal["reproduce", "explain", "beat"]
+Part = Literal["reproduce", "explain", "confirm", "beat"]
 State = Literal["done", "cut short", "missing", "changed"]
 
 
@@ -40,11 +40,15 @@ class Section(BaseModel):
 
     recipe: str | None = None
     options: list[str] = []
+    seeds: list[int] = [0]
     robustness: bool = True
+    gpu: bool = False
+    against: str | None = None  # the row that each of its rows differs from by one change
     rows: list[dict[str, Any]]
 
     def row(self, part: str, own: dict[str, Any]) -> "Row":
-        common = {"robustness": self.robustness} | ({"recipe": self.recipe} if self.recipe else {})
+        common = {"robustness": self.robustness, "seeds": self.seeds, "gpu": self.gpu, "against": self.against}
+        common |= {"recipe": self.recipe} if self.recipe else {}
         row = Row.model_validate(common | own | {"part": part})
         return row.model_copy(update={"options": [*self.options, *row.options]})
 
@@ -63,6 +67,7 @@ class Row(BaseModel):
     seeds: list[int] = Field([0], min_length=1)
     robustness: bool = True
     gpu: bool = False  # too much for a CPU
+    against: str | None = None
 
     @property
     def script(self) -> list[str]:
@@ -78,9 +83,11 @@ class Row(BaseModel):
     @property
     def speaks_for_its_recipe(self) -> bool:
         """Whether what it measures is the recipe itself, and stands in its file."""
-        return (
-            self.part != "explain" and self.name == self.recipe and not self.patches and self.options in ([], WEIGHTS)
-        )
+        return self.against is None and self.name == self.recipe and not self.patches and self.options in ([], WEIGHTS)
+
+    @property
+    def can_be_resumed(self) -> bool:
+        return "ema" not in self.patches  # whose averages are in no checkpoint
 
     def resume(self, folder: Path) -> list[str]:
         """What goes on with a run."""
@@ -116,6 +123,8 @@ def read_plan(path: Path) -> list[Row]:
             and len(re.findall(MEASURED, recipe_of(row).read_text(encoding="utf-8"), re.MULTILINE)) != 1
         ):
             raise UserError(f"{recipe_of(row)}: should have one line that begins with '# Measured on'", USAGE)
+        if row.against is not None and row.against not in names:
+            raise UserError(f"{path}: {row.name}: there is no row {row.against} to compare it with", USAGE)
         if unknown := set(row.patches) - set(PATCHES):
             raise UserError(f"{path}: {row.name}: there is no patch {min(unknown)}", USAGE)
     return plan

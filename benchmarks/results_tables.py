@@ -8,9 +8,9 @@ import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from results_plan import MADE, MEASURED, RESULTS, ROOT, Row, launcher, read_made, recipe_of, state
+from results_plan import MADE, MEASURED, RESULTS, ROOT, Part, Row, launcher, read_made, recipe_of, state
 
 import comparison
 import report
@@ -32,6 +32,9 @@ def figures(folder: Path) -> Figures:
     fell = [a["epoch"] for a, b in pairs if a["phase"] == b["phase"] and b["lr"] < 0.2 * a["lr"]]  # not a cosine's
     names = ("train_loss", "train_top1", "val_loss", "val_top1")
     jump = changes[0] if changes else None
+    # On a GPU its own memory counts, which the history has.
+    memory = [row["peak_memory_mb"] for row in run.history if "peak_memory_mb" in row]
+    memory = memory or [it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train"]
     return {
         "run": run,
         "epochs": len(run.history),
@@ -42,8 +45,7 @@ def figures(folder: Path) -> Figures:
         "later": jump.several - jump.top1 if jump and jump.several is not None else None,
         "span": jump.span if jump else None,
         "fell": ", ".join(map(str, fell)) or "-",
-        "memory": max((it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train"), default=0)
-        or None,
+        "memory": max(memory, default=0) or None,
         "made": made,
     }
 
@@ -63,7 +65,18 @@ def mean_of(name: str, form: str, scale: float = 1.0) -> Callable[[list[Figures]
 
 def jumps(found: list[Figures]) -> str:
     one, later = mean_of("jump", "+.1f", 100)(found), mean_of("later", "+.1f", 100)(found)
-    return one if later == "-" else f"{one} in one epoch, {later} in {found[0]['span']}"
+    spans = {it["span"] for it in found}  # epochs: fewer where a seed stopped early
+    return one if later == "-" or len(spans) > 1 else f"{one} in one epoch, {later} in {found[0]['span']}"
+
+
+def robustness(found: list[Figures]) -> str:
+    """Marked if the training images went through one of the 15 corruptions: the report's jitter has two of them."""
+    text, policies = mean_of("mean15", ".1f", 100)(found), {it["run"].config["augment"]["policy"] for it in found}
+    return f"{text} †" if "report" in policies and text != "-" else text
+
+
+def devices(found: list[Figures]) -> str:
+    return ", ".join(sorted({it["machine"]["device"] for one in found for it in one["made"]["sessions"]}))
 
 
 COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
@@ -74,17 +87,18 @@ COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
     "val top-1 %": mean_of("val_top1", ".1f", 100),
     "test loss": mean_of("test_loss", ".3f"),
     "test top-1 %": mean_of("test_top1", ".1f", 100),
-    "robustness %": mean_of("mean15", ".1f", 100),
+    "robustness %": robustness,
     "phase change, points": jumps,
     "lr fell after epoch": lambda found: "; ".join(it["fell"] for it in found),
     "minutes": mean_of("minutes", ".0f"),
     "peak MiB": mean_of("memory", ",.0f"),
+    "on": devices,
 }
 HEADING = """# The runs of the results, side by side
 
 Written by `python benchmarks/results.py --tables` from the files in [results/](results/). The commands, data, weights
 and machines behind them: [results.md](results.md)."""
-SHORT = ("epochs", "val top-1 %", "test top-1 %", "robustness %", "minutes")
+SHORT = ("epochs", "val top-1 %", "test top-1 %", "robustness %", "minutes", "on")
 Finished = list[tuple[Row, list[Figures]]]
 
 
@@ -94,18 +108,18 @@ def table(rows: Finished, columns) -> str:
     return markdown(["", "seeds", *columns], lines)
 
 
-def ablation(rows: Finished, first: Row) -> str:
-    """Markdown: each row against the section's first one, which each other row has one change to.
+def ablation(rows: Finished, finished: Finished) -> str:
+    """Markdown: each row against the one that it differs from by one change, seed by seed; that one stands above.
 
     Changes are judged on the validation rows: the test split is no place to choose by.
     """
     columns, lines = ("val top-1 %", "val loss", "train top-1 %", "minutes"), []
-    judged = [(row.name, [it["val_top1"] for it in found]) for row, found in rows]
-    reached = {name: statistics.mean(values) for name, values in judged if None not in values}
-    for row, found in rows:
-        gained = "-"
-        if row.name != first.name and {row.name, first.name} <= set(reached):
-            gained = format(100 * (reached[row.name] - reached[first.name]), "+.1f")
+    reached = {row.name: {it["run"].config["seed"]: it["val_top1"] for it in found} for row, found in finished}
+    compared_with = {row.against for row, _ in rows}
+    for row, found in [it for it in finished if it[0].name in compared_with and it not in rows] + rows:
+        base = reached.get(row.against, {}) if row.name != row.against else {}
+        gains = [top1 - base[seed] for seed, top1 in reached[row.name].items() if seed in base and top1 is not None]
+        gained = spread(gains, "+.1f", 100) if gains else "-"
         lines.append([row.what, str(len(found)), gained, *(COLUMNS[column](found) for column in columns)])
     return markdown(["", "seeds", "points of val top-1", *columns], lines)
 
@@ -125,13 +139,16 @@ def how(rows: Finished) -> str:
         if len(precisions) > 1:
             raise UserError(f"{row.name}: its seeds were trained in {' and '.join(precisions)}; train them in one")
         sessions = [session for it in made for session in it["sessions"]]
+        weights = {it["weights_sha256"] for it in sessions if "weights_sha256" in it}
+        if len(weights) > 1:
+            raise UserError(f"{row.name}: its seeds started from several weights; train them from the same")
         facts = [
             sorted(
                 {", ".join(it["machine"][key] for key in ("device", "machine", "cpu_capability")) for it in sessions}
             ),
             ["commit " + ", ".join(sorted({it["commit"] for it in sessions}))],
             [", ".join(sorted({it["date"] for it in sessions}))],
-            sorted({f"weights' SHA-256 {it['weights_sha256'][:12]}..." for it in sessions if "weights_sha256" in it}),
+            [f"weights' SHA-256 {sha256[:12]}..." for sha256 in weights],
         ]
         seeds = f", and seeds {', '.join(str(it['run'].config['seed']) for it in found[1:])}" if found[1:] else ""
         lines.append(
@@ -176,12 +193,11 @@ def write_tables(plan: list[Row], runs: Path) -> None:
         done = [run for run in row.runs() if state(row, run, runs) == "done"]
         if done:
             finished.append((row, [figures(RESULTS / run) for run in done]))
-    for part in ("reproduce", "explain", "beat"):
+    for part in get_args(Part):
         own = [(row, found) for row, found in finished if row.part == part]
-        first = next((row for row in plan if row.part == part), None)
-        made = ablation(own, first) if part == "explain" else table(own, COLUMNS)
+        made = ablation(own, finished) if any(row.against for row, _ in own) else table(own, COLUMNS)
         put_table(ROOT / "docs" / "results.md", part, f"{made}\n\n{how(own)}" if own else "Nothing yet.")
-    main = [(row, found) for row, found in finished if row.part != "explain"]
+    main = [(row, found) for row, found in finished if row.against is None]
     put_table(ROOT / "README.md", "summary", table(main, SHORT) if main else "Nothing yet.")
     write_comparison([it["run"] for _, found in main for it in found])
     for row, found in main:

@@ -283,3 +283,11 @@ def test_a_recipe_with_two_dots_in_its_name_is_not_taken_for_a_patched_run(tmp_p
     path = tmp_path / "mine..v2.yaml"
     path.write_text((RECIPES / "deep_cnn.yaml").read_text())
     assert parse(["--config", str(path)])[0].recipe == "mine.v2"
+
+
+def test_resnet50_224_is_the_best_recipe_but_for_its_size():
+    best, larger = (
+        yaml.safe_load((ROOT / "recipes" / f"resnet50_{name}.yaml").read_text()) for name in ("best", "224")
+    )
+    assert larger["data"].pop("image_size") == 224 and best["data"].pop("image_size") == 64
+    assert larger == best

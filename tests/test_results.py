@@ -305,6 +305,61 @@ def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, m
     assert "demo_scratch..label_smoothing" in (results_plan.RESULTS / "small-seed0" / "config.yaml").read_text()
 
 
+def test_an_average_of_weights_is_started_again(project, args, monkeypatch, capsys):
+    it = row("one", robustness=False, patches=["ema"])
+    said = scripted(monkeypatch, it, (1, "config.yaml", "checkpoints/1/state"), (0, *FILES))
+    with pytest.raises(UserError):
+        results.complete(it, "one-seed0", args)
+    results.complete(it, "one-seed0", args)
+    assert "--resume" not in said[1] and "it starts again" in capsys.readouterr().out
+    assert len(json.loads((results_plan.RESULTS / "one-seed0" / "made.json").read_text())["sessions"]) == 1
+
+
+def run_all(monkeypatch, args, plan, *options):
+    monkeypatch.setattr(results, "read_plan", lambda path: plan)
+    given = [*options, "--runs", str(args.runs), "--weights", args.weights]
+    monkeypatch.setattr(sys, "argv", ["results.py", "--run", *given])
+    results.main()
+
+
+def test_a_row_that_fails_or_is_in_the_way_does_not_keep_the_others(project, args, monkeypatch, capsys):
+    rows = [row(name, robustness=False) for name in ("one", "two", "three")]
+    (args.runs / "two-seed0").mkdir(parents=True)
+    scripted(monkeypatch, rows[2], (1,), (0, *FILES))
+    monkeypatch.setattr(results, "write_tables", lambda *_: None)
+    with pytest.raises(UserError, match=r"not made, for the reasons above: one-seed0$"):
+        run_all(monkeypatch, args, rows)
+    assert [results_plan.state(it, f"{it.name}-seed0", args.runs) for it in rows] == ["cut short", "missing", "done"]
+    assert "two-seed0 is left out: " in capsys.readouterr().err
+
+
+def test_a_new_run_is_trained_in_the_precision_of_what_it_stands_beside(project, args, monkeypatch):
+    base = write(row("base", robustness=False), [0.5])
+    (made,) = (results_plan.RESULTS / "base-seed0").glob("made.json")
+    made.write_text(json.dumps(made_of(base, "base-seed0", precision="bf16")))
+    other = row("other", robustness=False, against="base")
+    said = scripted(monkeypatch, other, (0, *FILES))
+    monkeypatch.setattr(results, "write_tables", lambda *_: None)
+    run_all(monkeypatch, args, [base, other])
+    assert said[0][5] == "bf16"
+    shutil.rmtree(results_plan.RESULTS / "other-seed0")
+    shutil.rmtree(args.runs)
+    with pytest.raises(UserError, match="--mixed_precision fp16: other is compared with runs in bf16"):
+        run_all(monkeypatch, args, [base, other], "other", "--mixed_precision", "fp16")
+
+
+def test_other_weights_are_not_compared(project, args, monkeypatch):
+    base = write(row("base", robustness=False, options=results_plan.WEIGHTS), [0.5])
+    (made,) = (results_plan.RESULTS / "base-seed0").glob("made.json")
+    recorded = made_of(base, "base-seed0")
+    recorded["sessions"][0]["weights_sha256"] = "f" * 64
+    made.write_text(json.dumps(recorded))
+    other = row("other", robustness=False, against="base", options=results_plan.WEIGHTS)
+    monkeypatch.setattr(results, "execute", lambda *_: pytest.fail("something is trained"))
+    with pytest.raises(UserError, match=r"other is compared with runs from other weights.* begins with ffffffffffff"):
+        run_all(monkeypatch, args, [base, other], "other")
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +369,7 @@ def test_tables_hold_what_the_files_say(project, args):
     text = (project / "docs" / "results.md").read_text()
     (one,) = (line for line in text.splitlines() if line.startswith("| what one is |"))
     (three,) = (line for line in text.splitlines() if line.startswith("| what three is |"))
-    assert "| 1 | 20 |" in one and "| 50.0 |" in one and "| 34.5 |" in one and "| 10 |" in one and "| 1,234 |" in one
+    assert "| 1 | 20 |" in one and "| 50.0 |" in one and "| 34.5 † |" in one and "| 10 |" in one and "| 1,234 |" in one
     assert "+10.0 in one epoch, +14.0 in 5" in one
     assert "| 7, 17 |" in one  # epochs after which the history's lr falls
     assert "| 3 |" in three and "| 62.0 ± 2.0 |" in three and "+10.0 ± 0.0 in one epoch" in three
@@ -333,7 +388,7 @@ def test_only_seeds_that_are_done_are_named(project, args, lost, said):
 
 
 def test_the_comparison_shows_the_main_rows_with_their_curves(project, args):
-    rows = [write(row(part, part=part), [0.5]) for part in ("reproduce", "explain")]
+    rows = [write(row("reproduce"), [0.5]), write(row("explain", part="explain", against="explain"), [0.5])]
     shutil.rmtree(project / "docs" / "curves", ignore_errors=True)
     results_tables.write_tables(rows, args.runs)
     text = (project / "docs" / "comparison.md").read_text()
@@ -345,8 +400,8 @@ def test_the_comparison_shows_the_main_rows_with_their_curves(project, args):
 
 def test_what_a_change_brings_is_against_the_sections_first_row(project, args):
     """And on the validation rows: a history rises by a point in each epoch of a phase."""
-    base = write(row("base", part="explain"), [0.5], phases={"head": 10})
-    other = write(row("other", part="explain"), [0.9], phases={"head": 7})
+    base = write(row("base", part="explain", against="base"), [0.5], phases={"head": 10})
+    other = write(row("other", part="explain", against="base"), [0.9], phases={"head": 7})
 
     def lines(*rows):
         results_tables.write_tables(rows, args.runs)
@@ -358,6 +413,36 @@ def test_what_a_change_brings_is_against_the_sections_first_row(project, args):
     assert not any("90.0" in line for line in both if "what other is" in line), "the test split decides nothing"
     shutil.rmtree(results_plan.RESULTS / "base-seed0")
     assert any(line.startswith("| what other is | 1 | - | 36.0 |") for line in lines(base, other)), "nothing to compare"
+
+
+def test_what_is_compared_with_a_row_elsewhere_is_compared_seed_by_seed(project, args):
+    base = write(row("base", seeds=[0, 1, 2]), [0.5, 0.5, 0.5], phases={"head": 10})
+    other = write(row("other", part="confirm", against="base", seeds=[0, 1, 2]), [0.9, 0.9, 0.9], phases={"head": 7})
+    shutil.rmtree(results_plan.RESULTS / "base-seed1")
+    results_tables.write_tables([base, other], args.runs)
+    text = (project / "docs" / "results.md").read_text()
+    section = text[text.index("<!-- results: confirm -->") :]
+    assert re.search(r"\| what base is \| 2 \| - \| 39.0 ± 0.0 \|", section), "it stands above, too"
+    assert re.search(r"\| what other is \| 3 \| -3.0 ± 0.0 \| 36.0 ± 0.0 \|", section)
+
+
+def test_robustness_is_marked_where_training_saw_one_of_the_corruptions(project, args):
+    jittered = write(row("jittered"), [0.5])
+    other = write(row("other", options=["--augment.policy", "augmix"]), [0.5])
+    results_tables.write_tables([jittered, other], args.runs)
+    lines = (project / "README.md").read_text().splitlines()
+    assert any(line.startswith("| what jittered is |") and "| 34.5 † |" in line for line in lines)
+    assert any(line.startswith("| what other is |") and "| 34.5 |" in line for line in lines)
+
+
+def test_seeds_from_several_weights_make_no_row(project, args):
+    it = write(row("one", seeds=[0, 1], options=results_plan.WEIGHTS), [0.5, 0.6])
+    for seed in (0, 1):
+        made = made_of(it, f"one-seed{seed}")
+        made["sessions"][0]["weights_sha256"] = str(seed) * 64
+        (results_plan.RESULTS / f"one-seed{seed}" / "made.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match="one: its seeds started from several weights"):
+        results_tables.write_tables([it], args.runs)
 
 
 def test_a_recipe_says_what_its_own_row_measured(project, args):
