@@ -31,7 +31,7 @@ from errors import USAGE, UserError
 from files import digest, to_disk
 from metrics import Classification
 from phases import RunState
-from processes import agreed, on_main
+from processes import max_over_processes, on_main
 
 AGREE_EVERY = 20  # steps after which several processes compare clocks
 BEST = ("config.json", "model.safetensors")  # the files of best/
@@ -54,7 +54,7 @@ class Checkpoints:
             return True
         if not self.config.every_minutes or (self.accelerator.num_processes > 1 and state.step % AGREE_EVERY):
             return False
-        return agreed(self.accelerator, time.monotonic() - self.saved_at >= 60 * self.config.every_minutes)
+        return max_over_processes(self.accelerator, time.monotonic() - self.saved_at >= 60 * self.config.every_minutes)
 
     def save(self, state: RunState, metrics: Classification) -> None:
         """Write runs/NAME/checkpoints/EPOCH-STEP whole or not at all, then prune older ones."""

@@ -101,9 +101,9 @@ def classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], c
     values = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))
     if len(wrong):
-        way_on = "; --data.test_split null does without test figures" if split == config.test_split else ""
+        remedy = "; --data.test_split null does without test figures" if split == config.test_split else ""
         raise UserError(
             f"data.label: column '{label}' of {config.source} holds {column[wrong[0]].as_py()} in row {wrong[0]} of "
-            f"split '{split}', which is none of the {len(names)} classes (they count from 0){way_on}"
+            f"split '{split}', which is none of the {len(names)} classes (they count from 0){remedy}"
         )
     return np.unique(values)

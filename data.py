@@ -23,7 +23,7 @@ from processes import on_main
 
 @dataclass(frozen=True)
 class Data:
-    """An opened source. The splits hold encoded images; after `loading.keep_decoded` some are its `Pixels`."""
+    """An opened source. The splits hold encoded images; after `loading.keep_decoded` some are its `DecodedImages`."""
 
     train: Dataset | streaming.Part | None
     validation: Dataset | streaming.Part | None  # None: all rows are trained on (`data.folds` null)

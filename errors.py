@@ -37,7 +37,7 @@ class Interrupted(UserError):
 
 
 @contextlib.contextmanager
-def told():
+def reported():
     """Around a command: a `UserError` becomes one line on stderr and its exit code; Ctrl-C becomes 130.
 
     Letters that the terminal's encoding lacks are written as their numbers. Where the reader of the output has gone, as

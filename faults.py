@@ -17,18 +17,21 @@ from config import Config
 from engine import train_mode
 from errors import UserError, first_line
 from phases import make_optimizer
-from processes import agreed
+from processes import max_over_processes
 
 
 @contextlib.contextmanager
-def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None, resumed: bool = False):
-    """Turn the libraries' errors for such faults into a `UserError` that says the way on; let all others pass.
+def explained(
+    resume_hint: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None, resumed: bool = False
+):
+    """Turn the libraries' errors for such faults into a `UserError` that says what to do; let all others pass.
 
     Args:
-        run: the folder of a training; None: nothing is trained. Without a new run's folder there is no way on: it goes
-            with an error before there is anything to go on from. A process that ended with an error of its own may have
-            taken it away, and the others know no more than that it is gone.
-        resumed: the run is no new one.
+        resume_hint: how to continue, for the message.
+        run: the run's folder; None if nothing is trained. The folder of a new run that fails before its first
+            checkpoint is removed, so that there is nothing to resume; the process that failed may have removed it
+            already when the others notice that it is gone.
+        resumed: whether the run was resumed.
     """
     try:
         yield
@@ -36,31 +39,32 @@ def told(way_on: str, accelerator: Accelerator, micro_batch_size: int, run: Path
         raise
     except Exception as error:  # each library has its own type, or none: most are a RuntimeError with a text
         text, begun = str(error), run is None or resumed or checkpoint.begun(run)
-        way_on = way_on if begun else "start again"
+        resume_hint = resume_hint if begun else "start again"
         if out_of_memory(error):
             device = accelerator.device.type
             raise UserError(
                 f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
                 f"smaller --data.micro_batch_size (the batch size stays)"
                 f"{', or auto for it; --mixed_precision bf16' * (not begun)}"
-                f"{'; --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda' and run is not None)}; {way_on}"
+                f"{'; --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda' and run is not None)}; {resume_hint}"
             ) from error
         if ONE_VALUE in text:
             raise UserError(
                 "batch norm needs more than one image where a map is one pixel: --data.micro_batch_size 2 or more, or "
-                f"larger images; {way_on}"
+                f"larger images; {resume_hint}"
             ) from error
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL):
             raise UserError(
-                f"the disk is full: {first_line(error)}. What was written before is intact: make room, and {way_on}"
+                f"the disk is full: {first_line(error)}. What was written before is intact: make room, "
+                f"and {resume_hint}"
             ) from error
         if "DataLoader worker" in text:
             raise UserError(
                 f"a loader's worker died ({first_line(error)}). If it was short of memory, use fewer --data.workers; "
-                f"{way_on}"
+                f"{resume_hint}"
             ) from error
         if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
-            ways = way_on if run is None or run.exists() else "what it said itself is the reason"
+            ways = resume_hint if run is None or run.exists() else "what it said itself is the reason"
             raise UserError(f"another process of this run is gone ({first_line(error)}); {ways}") from error
         raise
 
@@ -110,7 +114,7 @@ def fitting_micro_batch(
             if not out_of_memory(raised):
                 raise
             error = raised.with_traceback(None)  # which holds the tensors that did not fit
-        if agreed(accelerator, error is not None):
+        if max_over_processes(accelerator, error is not None):
             raise torch.OutOfMemoryError("it is out of memory. (here, or on another process)") from error
         return micro_batch_size
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from accelerate import Accelerator
 
 from errors import Interrupted
-from processes import agreed
+from processes import max_over_processes
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 AGREE_EVERY = 20  # steps after which several processes look whether one of them has got a signal
@@ -24,11 +24,11 @@ class Interrupt:
     """A context in which the signals are noted; `check` raises `Interrupted` when one has come.
 
     Args:
-        way_on: what to do next, for the message.
+        resume_hint: what to do next, for the message.
     """
 
-    def __init__(self, accelerator: Accelerator, way_on: str):
-        self.accelerator, self.way_on = accelerator, way_on
+    def __init__(self, accelerator: Accelerator, resume_hint: str):
+        self.accelerator, self.resume_hint = accelerator, resume_hint
         self.number, self.noted, self.checks = 0, 0.0, 0
         # Variables that nobody sets by hand, as ACCELERATE_MIXED_PRECISION is.
         launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
@@ -57,9 +57,9 @@ class Interrupt:
         self.checks += 1
         if self.accelerator.num_processes > 1 and self.checks % AGREE_EVERY:
             return
-        number = agreed(self.accelerator, self.number)
+        number = max_over_processes(self.accelerator, self.number)
         if number:
-            raise Interrupted(f"stopped by {signal.Signals(number).name}; {self.way_on}", number)
+            raise Interrupted(f"stopped by {signal.Signals(number).name}; {self.resume_hint}", number)
 
     def watch(self, batches) -> Iterator:
         """Pass batches on, checking before each."""

@@ -128,7 +128,7 @@ def command(processes: int, precision: str, device_type: str, machines: int = 1)
     return " ".join([*words, "train.py"])
 
 
-def way_on(accelerator: Accelerator, run: object) -> str:
+def resume_hint(accelerator: Accelerator, run: object) -> str:
     """How this run is gone on with, as it was launched."""
     processes = accelerator.num_processes
     machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
@@ -197,7 +197,7 @@ def has_bf16(device: torch.device) -> bool | None:
     return any(able[name] for name in names) if names else None
 
 
-def keep_memory(device: torch.device) -> None:
+def tune_allocator(device: torch.device) -> None:
     """Training on a CPU: let glibc's allocator keep what is freed, as it will be wanted again in the next step.
 
     Otherwise each step's activations are given back to the kernel and fetched anew, page by page. Not for trial steps:

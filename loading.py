@@ -19,7 +19,7 @@ LITTLE = 1 / 20  # of a GPU's memory
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
 
-class Pixels(Dataset):
+class DecodedImages(Dataset):
     """Decoded rows in memory, of the machine or of a GPU. Fetched by batches, so that nothing is left to collate.
 
     Args:
@@ -40,7 +40,7 @@ class Pixels(Dataset):
         return {"image": self.images[index], "label": self.labels[index]}
 
 
-class Given(Dataset):
+class RowsAsIndices(Dataset):
     """A data set whose indices are the rows themselves: its sampler reads them, the loader's workers decode them."""
 
     def __getitems__(self, rows: list[dict]) -> list[dict]:
@@ -94,7 +94,7 @@ def keep_decoded(source: Data, config: DataConfig, device: torch.device, watch=l
                 images[begin:end], labels[begin:end] = batch["image"], batch["label"]
                 bar.update(end - begin)
                 begin = end
-            kept[name] = Pixels(images.to(place), labels.to(place))
+            kept[name] = DecodedImages(images.to(place), labels.to(place))
     return dataclasses.replace(source, **kept)
 
 
@@ -102,7 +102,7 @@ def describe(source: Data) -> str:
     """When and where the training images are decoded."""
     if is_streamed(source):
         return "streamed"
-    if isinstance(source.train, Pixels):
+    if isinstance(source.train, DecodedImages):
         return f"decoded once and kept {'on the GPU' if source.train.images.is_cuda else 'in memory'}"
     return "decoded in each epoch"
 
@@ -124,11 +124,11 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
     rows, training = getattr(source, split), split == "train"
     if rows is None:
         return None
-    kept, streamed = isinstance(rows, Pixels), isinstance(rows, Sampler)
+    kept, streamed = isinstance(rows, DecodedImages), isinstance(rows, Sampler)
     on_gpu = kept and rows.images.is_cuda
     reads = not streamed or is_main()  # of a stream the main process alone
     return DataLoader(
-        Given() if streamed else rows,
+        RowsAsIndices() if streamed else rows,
         sampler=rows if streamed else None,
         batch_size=batch_size,
         shuffle=training if not streamed else None,
@@ -144,7 +144,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
 
 
 def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataLoader:
-    """A loader of a data set in its order; without `collate` it is fetched by batches, as `Pixels`.
+    """A loader of a data set in its order; without `collate` it is fetched by batches, as `DecodedImages`.
 
     For predictions, which wait for images that are read or made, so that there are more workers than in training.
     """
@@ -182,7 +182,7 @@ def _outlive_signals(_worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def pass_over(accelerator: Accelerator, prepared_loader, steps: int):
+def skip_batches(accelerator: Accelerator, prepared_loader, steps: int):
     """A prepared training loader that begins behind an epoch's first steps, drawing no random numbers on its way.
 
     Accelerate's own way counts a dispatched loader's batches, of which each process gets one in a step.
@@ -193,7 +193,7 @@ def pass_over(accelerator: Accelerator, prepared_loader, steps: int):
     return accelerator.skip_first_batches(prepared_loader, steps) if steps else prepared_loader
 
 
-def spare_workers(source: Data, *prepared_loaders) -> None:
+def stop_idle_workers(source: Data, *prepared_loaders) -> None:
     """A stream that is kept as pixels needs nobody to decode it any more, and a worker takes time from the training."""
     if is_streamed(source) and source.train.stream.decoded:
         for prepared in prepared_loaders:
@@ -201,7 +201,7 @@ def spare_workers(source: Data, *prepared_loaders) -> None:
                 prepared.base_dataloader.num_workers = 0
 
 
-def images_in(prepared_loader, global_batch: int, source: Data) -> int | None:
+def images_per_epoch(prepared_loader, global_batch: int, source: Data) -> int | None:
     """Images that a prepared training loader gives in one epoch, all processes together.
 
     Of a stream that has not ended once it is about what the dataset's description says; None if that says nothing.

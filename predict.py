@@ -23,7 +23,7 @@ from pathlib import Path
 import hub
 from commandline import Parser, add_data_options
 from config import Config, hub_id
-from errors import USAGE, UserError, told
+from errors import USAGE, UserError, reported
 from recipe import overridden, read_yaml
 
 WHICH_DATA = ("source", "train_split", "test_split", "image", "label")
@@ -143,7 +143,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         ARGS, CONFIG = parse()  # before torch takes its seconds
         if not (ARGS.images or ARGS.cifar100c or ARGS.ood or ARGS.push_to_hub):  # these need no data of the run
             hub.check(CONFIG, ARGS.run)
@@ -167,7 +167,7 @@ from files import write_whole
 from inference import Classifier, described
 from metrics import IGNORED, Classification
 from predictions import Mistakes, describe, describe_robustness, predictions_csv, whole_csv, writing
-from processes import together
+from processes import raised_on_all
 from runfolder import suffix
 
 
@@ -188,14 +188,14 @@ def predict(args: argparse.Namespace, config: Config) -> None:
     # A run of a GPU is judged on any machine: these two are about training there.
     config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and torch.cuda.is_available())
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
-    launch.keep_memory(accelerator.device)
+    launch.tune_allocator(accelerator.device)
     folder = args.run / "predictions"
-    with together(accelerator), writing(folder):
+    with raised_on_all(accelerator), writing(folder):
         folder.mkdir(exist_ok=True)
         if args.output and not os.path.isdir(args.output.absolute().parent):
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
     micro_batch_size = launch.share_of_batch(config, accelerator)[1]
-    with faults.told("then run predict.py again", accelerator, micro_batch_size), launch.ended(accelerator):
+    with faults.explained("then run predict.py again", accelerator, micro_batch_size), launch.ended(accelerator):
         model = Classifier(accelerator, config, args.run, args.tta)
         if args.images:
             images(args, accelerator, model, paths, folder)
@@ -404,7 +404,7 @@ def _plain_name(path: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         if ARGS.push_to_hub:
             upload(ARGS)
         else:

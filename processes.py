@@ -15,7 +15,7 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 
 
 @contextlib.contextmanager
-def together(accelerator: Accelerator):
+def raised_on_all(accelerator: Accelerator):
     """Around work that one process does or may fail at: a `UserError` in one of them is raised in all.
 
     Nothing inside may wait for the other processes.
@@ -30,7 +30,7 @@ def together(accelerator: Accelerator):
         raise UserError(str(failed), failed.exit_code, shared=True) from error
 
 
-def agreed(accelerator: Accelerator, value):
+def max_over_processes(accelerator: Accelerator, value):
     """The largest of all processes' values, on every process. Waits for them, so not for each step."""
     return value if accelerator.num_processes == 1 else max(gather_object([value]))
 

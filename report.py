@@ -21,7 +21,7 @@ from pathlib import Path
 
 import comparison
 from commandline import Parser
-from errors import USAGE, UserError, told
+from errors import USAGE, UserError, reported
 from runfolder import Run, read_run
 from text import NAME_LENGTH, plain
 
@@ -218,5 +218,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

@@ -18,7 +18,7 @@ from checkpoint import begun
 from config import Config
 from errors import USAGE, Interrupted, UserError
 from files import write_whole
-from processes import on_main, together
+from processes import on_main, raised_on_all
 from recipe import check, read_yaml
 
 # What a resumed run may take from the command line: nothing that has left its mark on the weights. Phases that have not
@@ -55,7 +55,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
     if not resume:
         on_main(lambda: _make(run, config, launch.environment(accelerator)))
     on_main(lambda: _take(lock, run))
-    with together(accelerator):
+    with raised_on_all(accelerator):
         if not (run / "config.yaml").is_file():
             raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
     try:
@@ -98,7 +98,7 @@ def _take(lock: FileLock, run: Path) -> None:
         raise UserError(f"{run} can't be locked: {error.strerror}") from error
 
 
-def settle_changes(accelerator: Accelerator, config: Config, run: Path, begun: int) -> Config:
+def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: int) -> Config:
     """Compare a resumed run's configuration with the one it was started with; print and record what changes.
 
     Args:

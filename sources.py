@@ -164,8 +164,9 @@ def _check_pages(source: str) -> None:
 def pick(splits: Mapping, name: str, option: str, source: str):
     """A split by its name; UserError tells which there are."""
     if name not in splits:
-        way_on = ", or null to do without test figures" if option == "data.test_split" else ""
+        remedy = ", or null to do without test figures" if option == "data.test_split" else ""
         raise UserError(
-            f"{option}: {source} has no split '{name}'; it has {', '.join(splits)}: name one of them{way_on}", USAGE
+            f"{option}: {source} has no split '{name}'; it has {', '.join(splits)}: name one of them{remedy}",
+            USAGE,
         )
     return splits[name]

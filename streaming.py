@@ -30,7 +30,7 @@ class Stream(Sampler):
     """A split whose every pass reads its rows, a little ahead of whoever wants them.
 
     Rows come as dicts, their images as {"bytes", "path"}; where they are kept, as pixels. It is a sampler because a
-    loader's workers decode what is read here: to `loading.Given` the rows themselves are the indices.
+    loader's workers decode what is read here: to `loading.RowsAsIndices` the rows themselves are the indices.
 
     Args:
         rows: with undecoded images.

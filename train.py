@@ -14,10 +14,10 @@ everything else is frozen. Parts 1 and 2 of the report are runs with one phase, 
 import hub
 from commandline import parse
 from config import Config
-from errors import Interrupted, told
+from errors import Interrupted, reported
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         CONFIG, RESUME = parse()  # --help and misspelt options are answered here, before torch takes its seconds
         hub.check(CONFIG, RESUME)  # and the libraries must know before they are imported whether there is a hub
 
@@ -65,11 +65,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
         on_main(lambda: sharing.check(config.push_to_hub))
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
-        way_on = launch.way_on(accelerator, run)
+        resume_hint = launch.resume_hint(accelerator, run)
         saved = checkpoint.newest(run)
         state = saved.state if saved else RunState()
         if resume:
-            config = runs.settle_changes(accelerator, config, run, begun=state.phase + 1 if saved else 0)
+            config = runs.check_changes(accelerator, config, run, begun=state.phase + 1 if saved else 0)
         share, micro_batch_size = launch.share_of_batch(config, accelerator)
 
         # Data come before the model: its head and its input depend on them.
@@ -99,7 +99,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         mix = augment.mixing(config.augment.mix, micro_batch_size)
         if config.cuda_graphs and accelerator.device.type == "cuda":
             augmentation = graphs.Replayed(augmentation)
-        launch.keep_memory(accelerator.device)
+        launch.tune_allocator(accelerator.device)
         accelerator.gradient_accumulation_steps = share // micro_batch_size
         if config.sync_batch_norm:  # not before the trial steps, in which processes must not wait for one another
             model = models.synchronised(model)
@@ -111,10 +111,10 @@ def train(config: Config, resume: Path | None = None) -> Path:
         )
         if not resume:
             launch.hint_at_bf16(accelerator)
-        stack.enter_context(faults.told(way_on, accelerator, micro_batch_size, run, resumed=bool(resume)))
+        stack.enter_context(faults.explained(resume_hint, accelerator, micro_batch_size, run, resumed=bool(resume)))
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
-        interrupt = stack.enter_context(Interrupt(accelerator, way_on))
+        interrupt = stack.enter_context(Interrupt(accelerator, resume_hint))
         stack.enter_context(launch.ended(accelerator))
 
         source = loading.keep_decoded(source, config.data, accelerator.device, interrupt.watch)
@@ -156,16 +156,16 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 title, lr = f"phase {name}, epoch {state.epoch + 1}", optimizer.param_groups[0]["lr"]
                 began = time.perf_counter() - state.epoch_seconds  # as if a resumed epoch had not been interrupted
                 train_loader.set_epoch(state.epoch)
-                loading.spare_workers(source, train_loader, val_loader)
+                loading.stop_idle_workers(source, train_loader, val_loader)
                 # Resumed in mid-epoch, pass over what has been trained on, which draws no random numbers.
-                rest = loading.pass_over(accelerator, train_loader, state.epoch_step)
+                rest = loading.skip_batches(accelerator, train_loader, state.epoch_step)
                 steps = train_epoch(
                     accelerator, model, rest, augmentation, optimizer, metrics, micro_batch_size, config.clip_norm, mix
                 )
                 if profile and not state.epoch_step and accelerator.is_main_process:
                     steps = profiling.traced(steps, profile, run / "profile" / f"{name}.json.gz")
                     profile = None
-                total = loading.images_in(train_loader, config.data.batch_size, source)
+                total = loading.images_per_epoch(train_loader, config.data.batch_size, source)
                 try:
                     for _ in tracking.watch(steps, title, total, state.epoch_step):
                         state.end_step(time.perf_counter() - began)
@@ -242,5 +242,5 @@ def describe_summary(summary: dict, run: Path) -> str:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         train(CONFIG, RESUME)

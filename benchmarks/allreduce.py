@@ -20,7 +20,7 @@ from pathlib import Path
 import loops
 import turns
 
-from errors import told
+from errors import reported
 
 STEPS = 4  # that are counted in a block
 PHASES = ("resnet50:head", "resnet50:finetune")
@@ -45,7 +45,7 @@ def measure(args) -> None:
 
     config = loops.config_of(PHASES[0], "embedded", args.batch_size, "runs")
     accelerator = launch.make_accelerator(config)
-    launch.keep_memory(accelerator.device)
+    launch.tune_allocator(accelerator.device)
     share = args.batch_size // accelerator.num_processes
     images = torch.randn(share, 3, 32, 32, device=accelerator.device)
     labels = torch.randint(100, (share,), device=accelerator.device)
@@ -115,5 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

@@ -18,7 +18,7 @@ import loops
 import turns
 from patches import PATCHES
 
-from errors import told
+from errors import reported
 
 FROZEN = ("resnet50:head", "resnet50:finetune")
 ALL = ("deep_cnn", *FROZEN)
@@ -128,5 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

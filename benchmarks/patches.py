@@ -17,7 +17,7 @@ from patching import PATCHES, mark, patch
 import hub
 from commandline import parse
 from config import PLAIN_NAME
-from errors import USAGE, UserError, told
+from errors import USAGE, UserError, reported
 from recipe import PATCHED
 
 
@@ -56,12 +56,12 @@ def main() -> None:
 
     # A run says under its recipe's name, in its config.yaml, what was patched; and how to go on with the same patches.
     script = " ".join(("benchmarks/patches.py", *args.patches, "--"))
-    patch(launch, "way_on", lambda way_on: lambda *run: way_on(*run).replace("train.py", script, 1))
+    patch(launch, "resume_hint", lambda resume_hint: lambda *run: resume_hint(*run).replace("train.py", script, 1))
     for name in args.patches:
         PATCHES[name]()
     train.train(dataclasses.replace(config, recipe=recipe), resume)
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

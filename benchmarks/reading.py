@@ -23,7 +23,7 @@ from pathlib import Path
 import loops
 import turns
 
-from errors import told
+from errors import reported
 
 PASSES = ("first", "kept", "again", "mapped")
 
@@ -115,5 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

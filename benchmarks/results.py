@@ -43,7 +43,7 @@ from results_plan import (
 )
 from results_tables import write_tables
 
-from errors import USAGE, Interrupted, UserError, told
+from errors import USAGE, Interrupted, UserError, reported
 from files import digest, write_whole
 from recipe import read_yaml
 
@@ -236,5 +236,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

@@ -28,7 +28,7 @@ import loops
 import psutil
 import turns
 
-from errors import told
+from errors import reported
 
 CASE, SIZE, BATCH = "resnet50:finetune", 32, 64
 STREAMED_BATCH = 256
@@ -249,5 +249,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from errors import UserError, first_line, told
+from errors import UserError, first_line, reported
 
 BETWEEN = "between operations"
 GROUPS = {  # the first one of which a word is in the operation's name
@@ -80,5 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

@@ -114,7 +114,7 @@ def glibc_as_it_is():
     """The allocator gives memory back to the system and asks for it anew, in each step."""
     import launch
 
-    patching.patch(launch, "keep_memory", lambda _: lambda device: None)
+    patching.patch(launch, "tune_allocator", lambda _: lambda device: None)
 
 
 @patching.named

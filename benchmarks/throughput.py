@@ -38,7 +38,7 @@ import turns
 from loops import CASES
 
 import processes
-from errors import told
+from errors import reported
 
 VARIANTS = ("limit", "ours", "streamed", "decoding", "plain", "hf")
 PIL = 1000  # images a second that a core opens and transforms, about: fewer rows where that makes turns long
@@ -62,7 +62,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
 
     config = loops.config_of(case, "embedded", batch_size, "runs")
     device = launch.make_accelerator(config).device
-    launch.keep_memory(device)
+    launch.tune_allocator(device)
     name, phase, modules = CASES[case]
 
     plain, last = torch.contiguous_format, torch.channels_last
@@ -280,5 +280,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

@@ -19,7 +19,7 @@ from pathlib import Path
 import loops
 import turns
 
-from errors import told
+from errors import reported
 
 EPOCHS = 10  # of each of the usual loop's phases, and of train.py's first
 VARIANTS = ("plain", "ours")
@@ -170,5 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with reported():
         main()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import hub
 import train
 from commandline import parse
-from errors import told
+from errors import reported
 
 RECIPE = """\
 model: {name: test_resnet}
@@ -371,7 +371,7 @@ def assert_told(case: Case, stderr: str, tmp_path: Path, good: Path, launcher: b
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bad_input_is_told_in_one_line_and_leaves_nothing(case, argv, tmp_path, good, capfd):
-    with pytest.raises(SystemExit) as ended, told():
+    with pytest.raises(SystemExit) as ended, reported():
         config, resume = parse(argv)
         hub.check(config)
         train.train(config, resume)

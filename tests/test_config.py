@@ -286,8 +286,6 @@ def test_a_recipe_with_two_dots_in_its_name_is_not_taken_for_a_patched_run(tmp_p
 
 
 def test_resnet50_224_is_the_best_recipe_but_for_its_size():
-    best, larger = (
-        yaml.safe_load((ROOT / "recipes" / f"resnet50_{name}.yaml").read_text()) for name in ("best", "224")
-    )
+    best, larger = (yaml.safe_load((RECIPES / f"resnet50_{name}.yaml").read_text()) for name in ("best", "224"))
     assert larger["data"].pop("image_size") == 224 and best["data"].pop("image_size") == 64
     assert larger == best

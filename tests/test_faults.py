@@ -124,8 +124,8 @@ def test_memory_that_runs_out_is_told_with_the_ways_on(command, tmp_path):
     assert "Traceback" not in result.stderr
     told = result.stderr.strip().splitlines()[-1]
     assert told.startswith("error: out of memory with 256 images per forward pass on each process (cpu)")
-    for way_on in ("--data.micro_batch_size", "auto", "--mixed_precision bf16"):
-        assert way_on in told
+    for resume_hint in ("--data.micro_batch_size", "auto", "--mixed_precision bf16"):
+        assert resume_hint in told
     assert not (tmp_path / "run").exists(), "nothing was trained, so nothing is left behind"
 
 
@@ -137,7 +137,7 @@ def test_ways_on_from_memory_that_ran_out_are_such_as_lead_on(tmp_path, begun, s
     """A run that has begun can't change its precision, and `auto` is settled; one that has not is gone."""
     if begun:
         (tmp_path / "checkpoints" / "00001-00000009").mkdir(parents=True)
-    with pytest.raises(UserError, match=said) as caught, faults.told("go on", Accelerator(cpu=True), 64, tmp_path):
+    with pytest.raises(UserError, match=said) as caught, faults.explained("go on", Accelerator(cpu=True), 64, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert not re.search(not_said, str(caught.value))
 
@@ -154,13 +154,13 @@ def test_only_a_training_is_advised_to_do_without_what_takes_a_gpus_memory(tmp_p
     """predict.py has no CUDA graphs and keeps no images on the GPU."""
     gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
     of = of and of | {"run": tmp_path}
-    with pytest.raises(UserError, match=f"{said}$"), faults.told("go on", gpu, 64, **of):
+    with pytest.raises(UserError, match=f"{said}$"), faults.explained("go on", gpu, 64, **of):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_batch_norm_of_one_value_is_told(tmp_path):
     said = "--data.micro_batch_size 2 or more, or larger images; start again"
-    with pytest.raises(UserError, match=said), faults.told("go on", Accelerator(cpu=True), 1, tmp_path):
+    with pytest.raises(UserError, match=said), faults.explained("go on", Accelerator(cpu=True), 1, tmp_path):
         torch.nn.BatchNorm2d(3)(torch.zeros(1, 3, 1, 1))
 
 

@@ -162,9 +162,9 @@ def test_no_step_waits_for_the_gpu(make_config, monkeypatch):
 
 def test_few_images_are_kept_on_the_gpu(make_config, monkeypatch):
     seen = []
-    real = loading.Pixels.__getitems__
+    real = loading.DecodedImages.__getitems__
     monkeypatch.setattr(
-        loading.Pixels, "__getitems__", lambda self, rows: seen.append(self.images.is_cuda) or real(self, rows)
+        loading.DecodedImages, "__getitems__", lambda self, rows: seen.append(self.images.is_cuda) or real(self, rows)
     )
     train.train(make_config({"head": phase(modules="head")}))
     assert seen and all(seen)

@@ -212,7 +212,9 @@ def test_a_gpus_peak_memory_is_told(monkeypatch):
 def test_the_way_on_names_the_precision(make_config, monkeypatch, precision, option):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     accelerator = launch.make_accelerator(make_config())
-    assert launch.way_on(accelerator, "runs/x") == f"go on with: accelerate launch {option}train.py --resume runs/x"
+    assert (
+        launch.resume_hint(accelerator, "runs/x") == f"go on with: accelerate launch {option}train.py --resume runs/x"
+    )
     recorded = dataclasses.replace(launch.environment(accelerator), mixed_precision="fp16")
     with pytest.raises(UserError, match=rf"mixed_precision fp16, not {precision}: .*--mixed_precision fp16"):
         launch.check_same(recorded, accelerator)
@@ -222,9 +224,9 @@ def test_the_way_on_names_processes_and_machines(make_config, monkeypatch):
     accelerator = SimpleNamespace(num_processes=4, mixed_precision="bf16", device=torch.device("cpu"))
     on_four = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 4 "
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launch.way_on(accelerator, "x") == f"go on with: {on_four}--mixed_precision bf16 train.py --resume x"
+    assert launch.resume_hint(accelerator, "x") == f"go on with: {on_four}--mixed_precision bf16 train.py --resume x"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert f"{on_four}--num_machines 2 --machine_rank RANK --main_process_ip IP" in launch.way_on(accelerator, "x")
+    assert f"{on_four}--num_machines 2 --machine_rank RANK --main_process_ip IP" in launch.resume_hint(accelerator, "x")
     alone = launch.make_accelerator(make_config())
     recorded = dataclasses.replace(launch.environment(alone), processes=4)
     with pytest.raises(UserError, match=rf"started with processes 4, not 1: {on_four}train.py --resume"):

@@ -88,7 +88,7 @@ def test_kept_images_are_the_decoded_ones_in_the_same_order(tmp_path, monkeypatc
     config = DataConfig(source=str(parquet_of(tmp_path, noise(60))), workers=workers, batch_size=8)
     source = data.load(config)
     kept = loading.keep_decoded(source, config, CPU)
-    assert isinstance(kept.train, loading.Pixels) and isinstance(kept.validation, loading.Pixels)
+    assert isinstance(kept.train, loading.DecodedImages) and isinstance(kept.validation, loading.DecodedImages)
     assert kept.test is source.test
     assert data.facts(kept) == data.facts(source) and data.describe(kept, config) == data.describe(source, config)
     for split in ("train", "validation"):

@@ -7,7 +7,7 @@ from conftest import ROOT
 from run_folders import corrupted, history, split, write_predictions, write_run
 
 import report
-from errors import UserError, told
+from errors import UserError, reported
 
 TWO = {"head": 2, "finetune": 3}
 
@@ -158,7 +158,7 @@ def test_a_reader_that_has_gone_ends_it_quietly(make_run, unbuffered):
 
 
 def test_another_pipe_that_breaks_is_no_quiet_end():
-    with pytest.raises(BrokenPipeError), told():
+    with pytest.raises(BrokenPipeError), reported():
         raise BrokenPipeError
 
 
@@ -216,7 +216,7 @@ def test_where_nothing_can_be_written_is_told(tmp_path, monkeypatch, capsys, opt
     (tmp_path / "file").write_text("mine")
     options = [option.replace("{}", str(tmp_path)) for option in options]
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), *options])
-    with pytest.raises(SystemExit, match="2"), told():
+    with pytest.raises(SystemExit, match="2"), reported():
         report.main()
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: --") and says in stderr and stderr.count("\n") == 1

@@ -219,8 +219,10 @@ def test_a_phase_that_diverges_goes_on_from_the_one_before_at_a_lower_rate(make_
     whole = train.train(dataclasses.replace(config, run_name="whole"))
     forget_accelerate()
     run = whole.with_name("run")
-    way_on = rf"--resume {run} --clip_norm 1, or with a lower lr for this phase"
-    with pytest.raises(UserError, match=rf"the loss is not finite in phase finetune, epoch 3, step \d: .*{way_on}"):
+    resume_hint = rf"--resume {run} --clip_norm 1, or with a lower lr for this phase"
+    with pytest.raises(
+        UserError, match=rf"the loss is not finite in phase finetune, epoch 3, step \d: .*{resume_hint}"
+    ):
         train.train(make_config(PHASES | {"finetune": finetune | {"lr": 1e9, "optimizer": "sgd"}}))
     assert checkpoint._folders(run)[-1].name.startswith("00002-"), "of the end of the phase before"
     forget_accelerate()

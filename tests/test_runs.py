@@ -88,7 +88,7 @@ def test_an_output_folder_that_can_not_be_made(make_config, tmp_path, place):
 def settle(run, begun, *argv):
     config, found = parse(["--resume", str(run), *argv])
     assert found == run
-    return runs.settle_changes(Accelerator(cpu=True), config, run, begun)
+    return runs.check_changes(Accelerator(cpu=True), config, run, begun)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_the_same_recipe_given_again_is_no_change(made, make_config, tmp_path, c
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_config(THREE, data={"micro_batch_size": "auto"}).to_yaml())
     config, _ = parse(["--config", str(recipe), "--resume", str(made)])
-    settled = runs.settle_changes(Accelerator(cpu=True), config, made, 2)
+    settled = runs.check_changes(Accelerator(cpu=True), config, made, 2)
     assert "resumed" not in capsys.readouterr().out
     assert settled.data.micro_batch_size is None
 
@@ -160,11 +160,11 @@ def test_phases_may_be_added_and_dropped_but_not_those_that_have_begun(made, mak
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_config({"head": THREE["head"], "other": phase(epochs=5)}).to_yaml())
     config, _ = parse(["--config", str(recipe), "--resume", str(made)])
-    assert list(runs.settle_changes(Accelerator(cpu=True), config, made, 1).phases) == ["head", "other"]
+    assert list(runs.check_changes(Accelerator(cpu=True), config, made, 1).phases) == ["head", "other"]
     with pytest.raises(UserError, match="head, middle have begun, but now it is head"):
         recipe.write_text(make_config({"head": THREE["head"]}).to_yaml())
         (made / "config.yaml").write_text(make_config(THREE).to_yaml())
-        runs.settle_changes(Accelerator(cpu=True), parse(["--config", str(recipe), "--resume", str(made)])[0], made, 2)
+        runs.check_changes(Accelerator(cpu=True), parse(["--config", str(recipe), "--resume", str(made)])[0], made, 2)
 
 
 @pytest.mark.parametrize(

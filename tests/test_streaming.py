@@ -216,7 +216,7 @@ def test_what_is_kept_as_pixels_needs_no_workers(tmp_path):
         for epoch in range(2):
             loaders[0].set_epoch(epoch)
             if spared:
-                loading.spare_workers(source, *loaders, None)
+                loading.stop_idle_workers(source, *loaders, None)
             assert loaders[0].base_dataloader.num_workers == (0 if spared and epoch else 1)
             epochs[spared].append(torch.cat([batch["image"] for loader in loaders for batch in loader]))
     assert all(map(torch.equal, *epochs.values()))

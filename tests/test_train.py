@@ -294,7 +294,7 @@ def test_decoding_in_each_epoch_trains_the_same(make_config, parquet, tmp_path, 
     monkeypatch.setattr(train.loading, "keep_decoded", spy)
     kept = train.train(make_config(run_name="kept", data=values))
     decoded = train.train(make_config(run_name="decoded", data=values | {"keep_mb": 0}))
-    assert [isinstance(source.train, train.loading.Pixels) for source in keeping] == [True, False]
+    assert [isinstance(source.train, train.loading.DecodedImages) for source in keeping] == [True, False]
     assert any("train_corrupt" in row for row in history(kept)), "it was trained on, in one epoch at least"
     assert untimed(kept) == untimed(decoded)
     one, other = (load_file(run / "best" / "model.safetensors") for run in (kept, decoded))
