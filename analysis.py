@@ -1,11 +1,11 @@
-"""What predictions amount to: accuracy by class and superclass, calibration, and which classes are taken for which."""
+"""Analysis of predictions: accuracy by class and superclass, calibration, and which classes are confused."""
 
 from itertools import pairwise
 
 import numpy as np
 
 BINS = 15  # of confidence, as in Guo et al. (2017), "On Calibration of Modern Neural Networks"
-PAIRS = 20  # of confused classes that are told
+PAIRS = 20  # of confused classes to report
 
 
 def analyse(
@@ -15,18 +15,18 @@ def analyse(
     class_names: list[str],
     superclasses: dict[str, str] | None,
 ) -> dict:
-    """Everything about a split that is more than a mean over its rows, as plain values for JSON.
+    """All figures of a split that are not plain means over its rows, as values for JSON.
 
     Args:
         labels, predicted: (N,) classes.
         confidence: (N,) probability of the predicted class.
-        superclasses: each class's superclass, by name, where there are any.
+        superclasses: each class's superclass, by name; None without any.
 
     Returns:
-        `ece` (the expected calibration error: the mean distance of a bin's accuracy from its confidence, weighted by
-        its rows), `reliability` (its bins), `confusion` (rows are true classes, columns predicted ones), `per_class`,
-        `confused` (pairs, most frequent first) and `superclasses` (or None). Accuracies are fractions, and None where
-        there are no rows.
+        `ece` (expected calibration error: the mean gap between a bin's accuracy and confidence, weighted by its rows),
+        `reliability` (its bins), `confusion` (rows are true classes, columns predicted ones), `per_class`, `confused`
+        (pairs, most frequent first) and `superclasses` (or None). Accuracies are fractions; None where there are no
+        rows.
     """
     hits = labels == predicted
     confusion = np.zeros((len(class_names), len(class_names)), dtype=int)
@@ -48,7 +48,7 @@ def analyse(
 
 
 def _reliability(hits: np.ndarray, confidence: np.ndarray) -> list[dict]:
-    """Rows, mean confidence and accuracy of equally wide bins of confidence; a bin contains its upper edge."""
+    """Rows, mean confidence and accuracy per equal-width bin of confidence; bins include their upper edge."""
     edges = np.linspace(0, 1, BINS + 1)
     place = np.clip(np.digitize(confidence, edges, right=True) - 1, 0, BINS - 1)
     bins = []
@@ -77,7 +77,7 @@ def _confused(confusion: np.ndarray, class_names: list[str]) -> list[dict]:
 
 
 def _by_superclass(confusion: np.ndarray, class_names: list[str], superclasses: dict[str, str]) -> dict:
-    """Within each superclass: how often the very class was predicted, and how often one of the same superclass."""
+    """By superclass: how often the exact class was predicted, and how often any class of the superclass."""
     groups = np.array([superclasses.get(name, "") for name in class_names])
     each, inside_all = [], 0
     for name in sorted(set(superclasses.values())):

@@ -1,7 +1,7 @@
 """From uint8 batches to what the model sees: resizing, augmentation, normalisation, mixing. Batched, on the device.
 
-Two separate modules, one for training and one for evaluation, share nothing that can be switched: the report's scripts
-set the validation transform on a dataset object that both splits shared, and so trained without augmentation.
+Training and evaluation have separate modules and share nothing that can be switched: the report's scripts set the
+validation transform on a dataset object that both splits shared, and so trained without augmentation.
 """
 
 import math
@@ -17,9 +17,9 @@ from metrics import IGNORED
 
 
 class Normalize(nn.Module):
-    """uint8 images (B, 3, H, W) to normalised float32, brought to `image_size` pixels a side if that is given.
+    """uint8 images (B, 3, H, W) to normalised float32, resized to `image_size` pixels a side if that is given.
 
-    With `distorts` they go through `distort` once they are augmented.
+    With `distorts` they go through `distort` after augmentation.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Normalize(nn.Module):
         return images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] to such of the size that the model sees, augmented and distorted while they are small."""
+        """Resize, augment and distort images in [0, 1]; enlarging comes last, so they are augmented while small."""
         if self.image_size and self.image_size > max(images.shape[-2:]):
             return self._resize(self._changed(images))
         return self._changed(self._resize(images))
@@ -59,17 +59,17 @@ class ReportAugment(Normalize):
     """The report's training augmentation, with its own random draw for each image, then `Normalize`.
 
     Colour jitter of up to 20 % in brightness, saturation and contrast; a crop after padding by an eighth of the size
-    (4 pixels of 32), a horizontal flip and a rotation of up to 15 degrees. What applies one after the other is composed
-    first, so that each image is coloured once and resampled once; what comes from outside it is black.
+    (4 pixels of 32), a horizontal flip and a rotation of up to 15 degrees. Successive steps are composed first, so that
+    each image is recoloured once and resampled once; pixels from outside it are black.
     """
 
-    JITTER = 0.2  # of brightness, saturation and contrast, each a factor around 1
-    SHIFT = 1 / 8  # of the image's height and width, in whole pixels
+    JITTER = 0.2  # most that brightness, saturation and contrast factors differ from 1
+    SHIFT = 1 / 8  # of height and width, rounded to whole pixels
     ROTATION = math.radians(15)
 
     @torch.no_grad()
     def augment(self, images: Tensor) -> Tensor:
-        # All draws at once and on the images' device, which nobody has to wait for.
+        # Draw all at once on the images' device, so that nothing waits for a copy.
         brightness, saturation, contrast, angle, flip, *shift = torch.rand(7, len(images), device=images.device)
         factors = (1 + self.JITTER * (2 * factor - 1) for factor in (brightness, saturation, contrast))
         images = jitter(images, *factors)
@@ -80,17 +80,17 @@ class ReportAugment(Normalize):
 class AugMix(Normalize):
     """A padded crop and a flip as in the report, then AugMix (Hendrycks et al., 2020), then `Normalize`.
 
-    Each image is blended with a blend of three chains, of one to three operations each, of itself: shapes and colours
+    Each image is blended with a mixture of three chains, each of one to three operations on it: shapes and colours
     vary, and the image stays recognisable. Operations and strengths are the authors' for CIFAR; their consistency loss,
-    which takes each image three times, is left out. Pixels are the nearest ones, and shears are about the centre.
+    which takes each image three times, is left out. Resampling is to the nearest pixel; shears are about the centre.
 
-    No operation is one of the corruptions that robustness is judged by (corruptions.py); brightness and contrast, which
+    No operation is among the corruptions that robustness is judged by (corruptions.py); brightness and contrast, which
     the report's jitter changes, are.
     """
 
     CHAINS = 3
-    DEPTH = 3  # operations in a chain, at the most
-    STRENGTH = 0.01, 0.3  # of an operation's largest
+    DEPTH = 3  # most operations in a chain
+    STRENGTH = 0.01, 0.3  # range, as a share of the maximum
 
     @torch.no_grad()
     def augment(self, images: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class AugMix(Normalize):
             operation = torch.randint(len(OPERATIONS), (len(chains),), device=device)
             strength = least + (most - least) * torch.rand(len(chains), device=device)
             chains = torch.where(done < depth, operate(chains, operation, strength), chains)
-        weights = torch.empty(count, self.CHAINS, device=device).exponential_()  # normalised: Dirichlet(1, 1, 1)
+        weights = torch.empty(count, self.CHAINS, device=device).exponential_()  # once normalised, Dirichlet(1, 1, 1)
         weights = weights / weights.sum(1, keepdim=True)
         blend = torch.einsum("bk,kbchw->bchw", weights, chains.unflatten(0, (self.CHAINS, count)))
         return images.lerp(blend, share.view(-1, 1, 1, 1))
@@ -124,13 +124,13 @@ OPERATIONS = (
 
 
 def operate(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """One of AugMix's operations on each image, batched: first one resampling for all, then one table of colours each.
+    """One of AugMix's operations on each image, batched: one resampling for all, then a lookup table for each channel.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         operation: (B,) indices into OPERATIONS.
-        strength: (B,) in [0, 1]. At 1 it rotates by 30 degrees, shears by 0.3, moves by a third of the side (either
-            way), leaves no bits, and inverts all.
+        strength: (B,) in [0, 1]. At 1: rotate by 30 degrees, shear by 0.3, translate by a third of the side (all three
+            either way), posterize to no bits, solarize (invert) everything.
     """
     is_ = {name: operation == index for index, name in enumerate(OPERATIONS)}
     height, width = images.shape[-2:]
@@ -147,7 +147,7 @@ def operate(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
     counts = torch.zeros(*levels.shape[:2], 256, device=images.device)
     counts.scatter_add_(2, levels, torch.ones((), device=images.device).expand_as(levels))
     strength, is_ = strength.view(-1, 1, 1), {name: chosen.view(-1, 1, 1) for name, chosen in is_.items()}
-    table = torch.arange(256.0, device=images.device).expand_as(counts)  # from old levels to new ones
+    table = torch.arange(256.0, device=images.device).expand_as(counts)  # maps old levels to new ones
     table = torch.where(is_["autocontrast"], stretched(counts), table)
     table = torch.where(is_["equalize"], equalised(counts), table)
     step = 2 ** (4 + (4 * strength).floor())
@@ -166,7 +166,7 @@ def stretched(counts: Tensor) -> Tensor:
 
 
 def equalised(counts: Tensor) -> Tensor:
-    """Equalization: the table (B, 3, 256) that makes each channel's histogram even, as far as whole levels can be."""
+    """Equalization: the table (B, 3, 256) that makes each channel's histogram even, as far as whole levels allow."""
     levels, there = torch.arange(256.0, device=counts.device), counts > 0
     highest = torch.where(there, levels, 0).amax(2, keepdim=True)
     step = ((counts.sum(2, keepdim=True) - counts.gather(2, highest.long())) / 255).floor()
@@ -176,9 +176,9 @@ def equalised(counts: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
-    """Scale brightness, then saturation (distance from grey), then contrast (distance from the mean grey), by image.
+    """Scale each image's brightness, then saturation (distance from grey), then contrast (from the mean grey).
 
-    As each of the three is linear they make one linear map, clamped to [0, 1] at its end.
+    All three are linear, so they combine into one linear map, clamped to [0, 1] once at the end.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -192,54 +192,54 @@ def jitter(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Ten
 
 
 def crop(images: Tensor, most: float, down: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """Whole pixels by which a crop, after padding by `most` of each side, is moved, from uniform draws (B,)."""
+    """Offsets in whole pixels of a crop after padding by the share `most` of each side, from uniform draws (B,)."""
     pixels = {"down": round(most * images.shape[-2]), "right": round(most * images.shape[-1])}
     draws = {"down": down, "right": right}
     return {name: ((2 * pixels[name] + 1) * draws[name]).floor() - pixels[name] for name in pixels}
 
 
 def warp(images: Tensor, angle=0.0, flip=False, down=0.0, right=0.0, shear_x=0.0, shear_y=0.0) -> Tensor:
-    """Crop, flip, rotate, shear (B, 3, H, W) in one resampling that takes the nearest pixel; outside the image it is 0.
+    """Crop, flip, rotate, shear (B, 3, H, W) in one nearest-pixel resampling; pixels from outside the image are 0.
 
     Args, each (B,) or one for all:
         angle: radians, counter-clockwise.
         flip: whether to mirror horizontally.
-        down, right: pixels by which the cropped window is moved from the image's place.
-        shear_x, shear_y: pixels by which a column, or row, is moved for each pixel along it.
+        down, right: pixels by which the crop window is shifted.
+        shear_x, shear_y: pixels that a column (or row) shifts sideways per pixel along it.
     """
     height, width = images.shape[-2:]
     given = (angle, flip, down, right, shear_x, shear_y)
-    # Numbers are filled in on the device: copied to it, they would have to wait for all that it is still computing.
+    # Fill numbers in on the device: a copy to it would wait for everything it is still computing.
     angle, flip, down, right, shear_x, shear_y = (
         value if isinstance(value, Tensor) else torch.full((len(images),), value, device=images.device)
         for value in given
     )
     sign = torch.where(flip, -1.0, 1.0)
     cos, sin = angle.cos(), angle.sin()
-    # From an output pixel to where it comes from, in units in which each side goes from -1 to 1.
+    # Maps an output pixel to its source, in coordinates that run from -1 to 1 along each side.
     column = torch.stack([sign * cos, (shear_x - sign * sin) * height / width, 2 * right / width], dim=1)
     row = torch.stack([(shear_y + sin) * width / height, cos, 2 * down / height], dim=1)
     grid = F.affine_grid(torch.stack([column, row], dim=1), images.shape, align_corners=False)
-    # Nearest, as torchvision's RandomRotation: interpolation blurs 32x32 pixels so much that a model trained on them
-    # sees other batch statistics than in evaluation, and loses three points of top-1 (docs/performance.md).
+    # Nearest, as in torchvision's RandomRotation: interpolation blurs 32x32 images so much that batch statistics differ
+    # between training and evaluation, which costs three points of top-1 (docs/performance.md).
     return F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)
 
 
 # ---- distorting -----------------------------------------------------------------------------------------------------
 
-SPECKLE = 0.3  # the strongest noise's standard deviation, of each value
-BLUR = 1 / 32  # the strongest blur's sigma, of the shorter side: a pixel of 32
+SPECKLE = 0.3  # standard deviation of the strongest noise, relative to each value
+BLUR = 1 / 32  # sigma of the strongest blur, relative to the shorter side: 1 pixel of 32
 
 
 @torch.no_grad()
 def distort(images: Tensor) -> Tensor:
-    """Speckle noise on a quarter of the images and a Gaussian blur on another, of a strength drawn for each.
+    """Add speckle noise to a quarter of the images and blur another quarter (Gaussian), each at a random strength.
 
-    Neither is one of the 15 corruptions that robustness is the mean over: they are two of the four that were meant for
-    tuning (`corruptions.MEAN_15`). They are relatives of the noises and blurs among the 15, though.
+    Neither is among the 15 corruptions that robustness averages over: they are two of the four meant for tuning
+    (`corruptions.MEAN_15`). They are relatives of the noises and blurs among the 15, though.
 
     Args:
-        images: (B, 3, H, W) in [0, 1], and so is what is returned.
+        images: (B, 3, H, W) in [0, 1], like the result.
     """
     which, strength = torch.rand(2, len(images), 1, 1, 1, device=images.device)
     noisy = (images + images * SPECKLE * strength * torch.randn_like(images)).clamp(0, 1)
@@ -248,14 +248,14 @@ def distort(images: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """A Gaussian blur of (B, 3, H, W) by its own sigma (B, 1, 1, 1), in pixels, for each; outside the image is nothing.
+    """Gaussian blur of (B, 3, H, W), each image with its own sigma (B, 1, 1, 1) in pixels; nothing outside counts.
 
-    As one matrix for the rows and one for the columns: with a sigma of its own for each image a convolution would be
-    one for each, too, and would need a width to be cut off at.
+    Two matrix products, for rows and for columns: a convolution would need a kernel per image, and a width to truncate
+    it at.
     """
-    sigma = sigma.clamp(min=0.1)  # which blurs nothing
+    sigma = sigma.clamp(min=0.1)  # too small to blur anything
 
-    def weights(side: int) -> Tensor:  # of each pixel of a line, (side, side) for each image; each row's sum is 1
+    def weights(side: int) -> Tensor:  # (B, 1, side, side): weights of a line's pixels in each; rows sum to 1
         places = torch.arange(side, device=images.device)
         return (-0.5 * ((places[:, None] - places) / sigma) ** 2).softmax(-1)
 
@@ -267,20 +267,20 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def mixup(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Blend each image with its partner, as `mixed` takes and returns them. Zhang et al. (2018), alpha 0.2."""
+    """Blend each image with its partner; takes and returns what `mixed` does. Zhang et al. (2018), alpha 0.2."""
     alpha = torch.full((len(images), 1, 1, 1), 0.2, device=images.device)
-    # Unchecked, because to check values is to wait for the device.
+    # Unvalidated, because checking values waits for the device.
     return mixed(images, labels, torch.distributions.Beta(alpha, alpha, validate_args=False).sample())
 
 
 def cutmix(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Paste a box of its partner into half of the images; as `mixed` takes and returns it. Yun et al. (2019), alpha 1.
+    """Paste a box of its partner into half of the images; returns what `mixed` does. Yun et al. (2019), alpha 1.
 
-    The box has the image's shape, a uniform area and a uniform centre, and is cut off at the border.
+    The box has the image's aspect ratio, a uniform area and a uniform centre, and is clipped at the border.
     """
     count, _, height, width = images.shape
     area, centre_y, centre_x, used = torch.rand(4, count, 1, device=images.device)
-    half = torch.where(used < 0.5, area.sqrt(), 0) / 2  # of the box's side, which is a share of the image's
+    half = torch.where(used < 0.5, area.sqrt(), 0) / 2  # half the box's side, as a share of the image's
     rows = (torch.arange(height, device=images.device) + 0.5) / height
     columns = (torch.arange(width, device=images.device) + 0.5) / width
     box = ((rows - centre_y).abs() < half)[:, None, :, None] & ((columns - centre_x).abs() < half)[:, None, None, :]
@@ -291,7 +291,7 @@ MIX = {"none": None, "mixup": mixup, "cutmix": cutmix}  # by augment.mix
 
 
 def mixing(name: str, micro_batch_size: int) -> Callable | None:
-    """What `augment.mix` names; UserError if there is no other image to mix one with."""
+    """The function that `augment.mix` names; UserError if there is no other image to mix with."""
     if name != "none" and micro_batch_size == 1:
         raise UserError(
             f"augment.mix {name}: with 1 image per forward pass (data.batch_size, data.micro_batch_size, processes) "
@@ -302,18 +302,18 @@ def mixing(name: str, micro_batch_size: int) -> Callable | None:
 
 
 def mixed(images: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix each image with its partner, the one at its place when their order is reversed: one in the middle is its own.
+    """Mix each image with its partner: the one in its place if the batch is reversed (a middle one is its own).
 
-    Where either could not be decoded nothing is mixed, as what is black counts for no loss.
+    Nothing is mixed if either could not be decoded: the black image that stands for it counts for no loss.
 
     Args:
         images: (B, 3, H, W), normalised or not: mixing is linear.
         labels: (B,); IGNORED where an image could not be decoded.
-        own: which share of each pixel is the image's own, in [0, 1]; (B, 1, H, W), or (B, 1, 1, 1) for all alike.
+        own: share of each pixel that is the image's own, in [0, 1]; (B, 1, H, W), or (B, 1, 1, 1) for all pixels alike.
 
     Returns:
-        The images; the labels (B,) that they are of besides, IGNORED where nothing was mixed; and which share (B,) of
-        each is its own.
+        The mixed images; the partners' labels (B,), IGNORED where either was not decoded; and the share (B,) of each
+        image that is its own.
     """
     others = labels.flip(0).masked_fill(labels == IGNORED, IGNORED)
     own = own.masked_fill((others == IGNORED).view(-1, 1, 1, 1), 1)
@@ -321,10 +321,10 @@ def mixed(images: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def build(config: Config, cfg: dict, device: torch.device) -> tuple[Normalize, Normalize]:
-    """The pair (for training, for evaluation).
+    """The pair of modules (for training, for evaluation).
 
     Args:
-        cfg: the model's `pretrained_cfg`; its mean and std are those that its weights were trained with.
+        cfg: the model's `pretrained_cfg`, with the mean and std that its weights were trained with.
     """
     mean, std, image_size = cfg["mean"], cfg["std"], config.data.image_size
     training = {"none": Normalize, "report": ReportAugment, "augmix": AugMix}[config.augment.policy]

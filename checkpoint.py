@@ -1,10 +1,10 @@
 """The only reader and writer of what a run must not lose: checkpoints to resume from, and the best weights.
 
-A checkpoint is Accelerate's (model, optimizer, scaler, each process's random states), the epoch's figures so far, a
-copy of best/, and the run's own state as JSON, which is read first: it says which phase to rebuild before the rest can
-be loaded into it. It is written into a folder of another name, with a manifest of checksums, and renamed when all of it
-has reached the disk; so a folder with a checkpoint's name is whole, or the disk's fault, and the one before is used.
-Nothing here unpickles foreign objects.
+A checkpoint holds Accelerate's state (model, optimizer, scaler, each process's random states), the epoch's metrics so
+far, a copy of best/, and the run's own state as JSON, which is read first: it says which phase to rebuild before the
+rest is loaded. It is written to a folder of another name, with a manifest of checksums, and renamed once all of it is
+on disk; so a folder with a checkpoint's name is whole unless the disk failed, and then the one before is used. Nothing
+here unpickles arbitrary objects.
 """
 
 import copy
@@ -41,7 +41,7 @@ class Checkpoints:
     """The checkpoints of one run. Every process calls every method.
 
     Args:
-        facts: what a resumed run has to find unchanged or can't find anywhere else, as plain values: kept in each.
+        facts: plain values kept in each checkpoint that must not change or that a resumed run can't get elsewhere.
     """
 
     def __init__(self, accelerator: Accelerator, config: CheckpointConfig, run: Path, facts: dict):
@@ -49,7 +49,7 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def due(self, state: RunState) -> bool:
-        """Whether the step just made is to be followed by a checkpoint."""
+        """Whether to write a checkpoint after the step just made."""
         if self.config.every_steps and state.step % self.config.every_steps == 0:
             return True
         if not self.config.every_minutes or (self.accelerator.num_processes > 1 and state.step % AGREE_EVERY):
@@ -81,7 +81,7 @@ class Checkpoints:
                 to_disk(folder)
                 self._prune(target)
         except Exception:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of no use, and perhaps it is space that is wanting
+            shutil.rmtree(unfinished, ignore_errors=True)  # useless, and the disk may be full
             raise
         accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
@@ -89,13 +89,13 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         folders = _folders(self.run)
         number = folders.index(newest) + 1
-        # What is newer is torn, or of steps that a resumed run makes again.
+        # Newer ones are damaged, or hold steps that a resumed run repeats.
         for path in folders[: max(0, number - self.config.keep)] + folders[number:]:
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Whatever stands there: a folder, or what somebody has put in its place."""
+    """Remove a folder, or whatever somebody has put in its place."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -104,24 +104,24 @@ def _remove(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was found whole."""
+    """A checkpoint found to be whole."""
 
     path: Path
     state: RunState
     facts: dict
 
     def check_same(self, what: str, now: dict) -> None:
-        """UserError if a section of the facts is not what it is now; names what differs, with both values."""
+        """UserError if a section of the facts has changed; names the difference, with both values."""
         for name, before in self.facts[what].items():
             if before != now[name]:
                 raise UserError(f"--resume: {what} have changed: {name} was {before}, and is {now[name]}", USAGE)
 
 
 def newest(run: Path) -> Saved | None:
-    """The newest whole checkpoint of a run folder; None if there has been none yet. Torn ones are named on stderr.
+    """The newest whole checkpoint of a run folder; None if there is none yet. Damaged ones are named on stderr.
 
     Raises:
-        UserError: the run is finished; or there are checkpoints, but each of them is torn.
+        UserError: the run is finished; or there are checkpoints, but all are damaged.
     """
     if (run / "summary.json").exists():
         raise UserError(
@@ -154,7 +154,7 @@ def _newest_whole(run: Path) -> Path | None:
 
 
 def begun(run: Path) -> bool:
-    """Whether a run has an epoch or a checkpoint, and so is worth going on with."""
+    """Whether a run has an epoch or a checkpoint, and so is worth resuming."""
     history = run / "history.jsonl"
     return bool(_folders(run)) or (history.exists() and history.stat().st_size > 0)
 
@@ -179,7 +179,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _seal(folder: Path) -> None:
-    """Write the manifest and see to it that everything has reached the disk."""
+    """Write the manifest and flush everything to disk."""
     manifest = {name: digest(path) for name, path in _files(folder).items()}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*_files(folder).values(), *(path for path in folder.rglob("*") if path.is_dir()), folder]:
@@ -205,26 +205,26 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-# ---- going on ---------------------------------------------------------------------------------------------------
+# ---- resuming ---------------------------------------------------------------------------------------------------
 
 
 def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tensor]:
-    """Load a checkpoint into what has been prepared, which must be of the checkpoint's phase, and put its best/ back.
+    """Load a checkpoint into the prepared objects, which must be those of its phase, and put its best/ back.
 
     Returns:
-        What `Classification.load_state_dict` takes, of the epoch that had begun.
+        The unfinished epoch's state, for `Classification.load_state_dict`.
 
     Raises:
-        UserError: this process's random states can't be restored (Accelerate would go on without them).
+        UserError: this process's random states can't be restored (Accelerate would ignore that).
     """
     path = saved.path
-    # best/ may be ahead, of an epoch that will be trained again.
+    # best/ may hold a later epoch, which will be trained again.
     if accelerator.is_main_process and (path / "best").is_dir():
         _put_in_place(path / "best", run / "best", shutil.copyfile)
     states = path / f"random_states_{accelerator.process_index}.pkl"
     try:
         accelerator.load_state(str(path))
-        accelerator.step = 0  # of its own count of pieces, which may be others now: a checkpoint lies between steps
+        accelerator.step = 0  # its count of pieces, whose size may have changed: a checkpoint lies between steps
         restored = states.is_file() and _random_states_are(load_safely(states))
     except UnpicklingError as error:  # Accelerate loads with weights_only
         raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error
@@ -255,14 +255,14 @@ def _random_states_are(states: dict) -> bool:
 
 
 def save_best(model: nn.Module, run: Path) -> None:
-    """Write the unwrapped model to runs/NAME/best, so that timm loads it: weights, architecture, normalisation."""
+    """Write the unwrapped model to runs/NAME/best, in timm's format: weights, architecture, normalisation."""
     unfinished = run / "best.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     cfg = dict(model.pretrained_cfg)
     label_names = cfg.pop("label_names")
     arguments = {"img_size": list(cfg["input_size"][1:])} if cfg.get("fixed_input_size") else None
     save_for_hf(
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # safetensors takes no other
+        copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # safetensors needs this
         str(unfinished),
         model_config={"label_names": label_names, "pretrained_cfg": cfg},
         model_args=arguments,
@@ -273,7 +273,7 @@ def save_best(model: nn.Module, run: Path) -> None:
 
 
 def _put_in_place(source: Path, best: Path, move) -> None:
-    """Bring best/'s two files from another folder; each appears whole or not at all."""
+    """Move or copy best/'s files from `source`; each appears whole or not at all."""
     best.mkdir(exist_ok=True)
     for name in BEST:
         arrived = best / f".{name}.unfinished"
@@ -284,5 +284,5 @@ def _put_in_place(source: Path, best: Path, move) -> None:
 
 
 def load_best(model: nn.Module, run: Path) -> None:
-    """Put the best weights into the unwrapped model."""
+    """Load the best weights into the bare model."""
     model.load_state_dict(load_file(run / "best" / "model.safetensors"))

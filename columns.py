@@ -1,4 +1,4 @@
-"""Which columns hold the images and the classes, and whether the labels in them are classes."""
+"""Which columns hold the images and the labels, and whether the labels are valid classes."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,14 +7,14 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from config import DataConfig
 from errors import USAGE, UserError, first_line
 
-MANY = 100_000  # classes that are told by numbers
+MANY = 100_000  # most classes that integer labels may imply, if nothing is trained
 
 
 def find(features: Features, config: DataConfig) -> tuple[str, str]:
     """The image and the label column: as named, otherwise found by their types.
 
     Raises:
-        UserError: there is no such column, or not one of the kind.
+        UserError: a named column is missing, or its type does not single one out.
     """
     for option, name in (("data.image", config.image), ("data.label", config.label)):
         if name and name not in features:
@@ -32,7 +32,7 @@ def find(features: Features, config: DataConfig) -> tuple[str, str]:
             f"{config.source} has no class-label column: name it with data.label (columns: {', '.join(features)})",
             USAGE,
         )
-    # Of several labels (CIFAR-100: fine and coarse) the one with the most classes is what a classifier is judged by.
+    # With several labels (CIFAR-100: fine and coarse), classifiers are judged by the one with the most classes.
     label = config.label or max(labels, key=lambda name: features[name].num_classes)
     if label == (config.image or images[0]):
         raise UserError(f"data.label: column '{label}' of {config.source} holds images, not classes", USAGE)
@@ -40,7 +40,7 @@ def find(features: Features, config: DataConfig) -> tuple[str, str]:
 
 
 def encoded(rows, image: str, label: str, split: str):
-    """The two columns alone, the image as the encoded bytes (or the file) that it comes as."""
+    """Only these two columns, the image undecoded: encoded bytes or a file's path."""
     try:
         return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -50,7 +50,7 @@ def encoded(rows, image: str, label: str, split: str):
 
 
 def with_classes(split, label: str, config: DataConfig, only_test: bool):
-    """The split with its label as a ClassLabel, and the class names; whole numbers are given the names 0, 1, ..."""
+    """The split with its label as a ClassLabel, and the class names; integer labels get the names 0, 1, ..."""
     feature = split.features[label]
     if isinstance(feature, ClassLabel):
         return split, feature.names
@@ -66,7 +66,7 @@ def with_classes(split, label: str, config: DataConfig, only_test: bool):
             USAGE,
         )
     most = max((value for value in split.unique(label) if value is not None), default=0)
-    if most >= (MANY if only_test else len(split)):  # a test split alone may lack any class
+    if most >= (MANY if only_test else len(split)):  # a lone test split may have fewer rows than classes
         than = f"{MANY:,}" if only_test else "it has rows"
         raise UserError(
             f"data.label: column '{label}' of {config.source} holds {most}, more than {than}; classes count from 0"
@@ -77,7 +77,7 @@ def with_classes(split, label: str, config: DataConfig, only_test: bool):
 
 
 def check_classes(train: Dataset, test: Dataset | None, label: str, names: list[str], config: DataConfig) -> None:
-    """UserError unless every label is a class, training has two, and the test split has none that training lacks."""
+    """Raise UserError unless every label is a class, training has two or more, and test has none beyond them."""
     trained = classes_with_rows(train, config.train_split, label, names, config)
     if len(trained) < 2:
         raise UserError(
@@ -96,7 +96,7 @@ def check_classes(train: Dataset, test: Dataset | None, label: str, names: list[
 
 
 def classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
-    """The labels that occur; UserError names the first row whose label is missing or none of the classes."""
+    """The labels that occur; UserError names the first row whose label is missing or not a class."""
     column = rows.data.column(label)
     values = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))

@@ -1,4 +1,4 @@
-"""The command line of train.py, and what the other commands' have in common with it.
+"""The command line of train.py, and what other commands share with it.
 
 Each option is a field of `config.py`, with its help. No torch here: `--help` must answer at once.
 """
@@ -22,15 +22,15 @@ from text import plain
 def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config, Path | None]:
     """The command line of train.py as (configuration, run folder to resume or None).
 
-    A resumed run has its own config.yaml for a recipe, unless --config names one; what differs is judged later, by
-    `runs.opened`. `--help` prints the options with the chosen recipe's values as defaults and exits.
+    A resumed run's recipe is its own config.yaml, unless --config names one; `runs.check_changes` judges differences
+    later. `--help` prints the options with the chosen recipe's values as defaults and exits.
 
     Args:
-        patched: whether training is patched as the configuration may say (benchmarks/patches.py).
+        patched: whether benchmarks/patches.py runs this, so that the configuration may be a patched run's.
 
     Raises:
-        UserError: an option or value that does not exist (the nearest valid one is named) or is out of range, or the
-            configuration of a patched run.
+        UserError: an option or value does not exist (the nearest valid one is named) or is out of range, or the
+            configuration is a patched run's.
     """
     argv = sys.argv[1:] if argv is None else argv
     first = QuietParser(add_help=False, allow_abbrev=False)
@@ -67,7 +67,7 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
     elif chosen.run_name:
         run = output_dir / chosen.run_name
     else:
-        # One that was stopped before its first step is younger than the one to go on with.
+        # Runs with a checkpoint come first: a newer one without has nothing to resume.
         known = sorted(
             output_dir.glob("*/config.yaml"),
             key=lambda path: (any(path.parent.glob("checkpoints/[0-9]*")), path.stat().st_mtime),
@@ -75,13 +75,13 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
         run = next((path.parent for path in reversed(known) if _recorded_recipe(path) == name), None)
         if run is None:
             raise UserError(f"--resume: {output_dir} holds no run of the recipe {name}; name one: --resume RUN", USAGE)
-    if not os.path.isfile(run / "config.yaml"):  # pathlib's raises where a name is too long
+    if not os.path.isfile(run / "config.yaml"):  # pathlib's raises if a name is too long
         raise UserError(f"--resume: {run} is not a run folder (it has no config.yaml)", USAGE)
     return run
 
 
 def _recorded_recipe(path: Path) -> str | None:
-    """The recipe that a run's config.yaml names; None, and a line that says so, if it is damaged."""
+    """The recipe that a run's config.yaml names; None, and a line on stderr, if it is damaged."""
     try:
         return read_yaml(path).get("recipe")
     except UserError as error:
@@ -92,18 +92,18 @@ def _recorded_recipe(path: Path) -> str | None:
 
 def _recipe_name(path: Path) -> str:
     name = re.sub(r"[^\w.-]+", "-", path.stem).lstrip(".-")[:100] or "run"
-    return re.sub(r"\.{2,}", ".", name)  # two dots are of patched runs (recipe.PATCHED)
+    return re.sub(r"\.{2,}", ".", name)  # two dots mark patched runs (recipe.PATCHED)
 
 
 class QuietParser(argparse.ArgumentParser):
-    """Its errors are `UserError`s, of one line."""
+    """Raises its errors as one-line `UserError`s."""
 
     def error(self, message):
         raise UserError(message, USAGE)
 
 
 class Parser(QuietParser):
-    """An option that does not exist is answered with the nearest that does."""
+    """Answers an unknown option with the nearest known one."""
 
     def parse_args(self, argv):
         values, unknown = self.parse_known_args(argv)
@@ -151,7 +151,7 @@ def _parser(tree: dict, path: Path) -> Parser:
 
 
 def add_data_options(parser: Parser, names: tuple[str, ...], title: str, about: str) -> None:
-    """Options for some fields of the data section, which have no value unless they are given."""
+    """Add options for some fields of the data section; they have no value unless given."""
     group = parser.add_argument_group(title, about)
     for name in names:
         field = DataConfig.__pydantic_fields__[name]

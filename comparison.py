@@ -1,4 +1,4 @@
-"""What is compared: runs in a table, the epochs of one, phase changes, configurations. Text, not yet escaped."""
+"""Comparisons: runs in a table, one run's epochs, phase changes, configurations. Text, not yet escaped."""
 
 import json
 import math
@@ -13,19 +13,19 @@ from runfolder import Predictions, Run, number
 from text import NAME_LENGTH, plain, shown
 
 ORIGINS = {"robustness": "own corruptions", "cifar100c": "CIFAR-100-C"}  # of robustness figures
-AFTER = 5  # epochs after a phase change that its second jump spans
-UNTOLD = ("output_dir", "run_name")  # where a run lies does not make it another one
+AFTER = 5  # epochs that the second jump of a phase change spans
+UNTOLD = ("output_dir", "run_name")  # where a run is stored is no difference
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; foreign names are in them as they are, so whoever prints it has to escape it."""
+    """Cells as text. They hold foreign names unescaped: whoever prints them must escape them."""
 
     head: list[str]
     rows: list[list[str]]
 
     def columns(self, *names: str) -> "Table":
-        """The same with these columns only."""
+        """The table with only these columns."""
         kept = [self.head.index(name) for name in names]
         return Table(list(names), [[row[column] for column in kept] for row in self.rows])
 
@@ -46,14 +46,14 @@ def points(value: float | None) -> str:
 
 
 def throughput(run: Run) -> float | None:
-    """Training images per second over the whole run: the harmonic mean, since epochs have equally many images."""
+    """Training images per second over the whole run: the harmonic mean, as epochs are equally large."""
     rates = [row["images_per_second"] for row in run.history]
     rates = [rate for rate in rates if rate is not None and rate > 0]
     return statistics.harmonic_mean(rates) if rates else None
 
 
 def robustness(run: Run) -> Predictions | None:
-    """The file whose mean15 stands for a run.
+    """The predictions whose mean15 represents a run.
 
     Its own data before others, then all rows before some, one view before several, own corruptions before CIFAR-100-C.
     """
@@ -62,7 +62,7 @@ def robustness(run: Run) -> Predictions | None:
 
 
 def conditions(found: Predictions) -> str:
-    """How figures differ from those of all rows and one view; "" if they do not."""
+    """How the conditions differ from all rows and one view; "" if they don't."""
     marks = [f"first {found.limit:,} rows"] if found.limit is not None else []
     return ", ".join(marks + ([f"with {found.tta}"] if found.tta else []))
 
@@ -103,7 +103,7 @@ def comparison(runs: list[Run]) -> Table:
 
 
 def legend(runs: list[Run]) -> list[str]:
-    """What the comparison's columns mean, as far as they need words."""
+    """Notes on the comparison's columns that need explaining."""
     lines = [
         "Best epoch: the highest validation top-1. Training and validation figures are of that epoch, test figures of "
         "its weights. Loss in nats; images/s: training, over the whole run."
@@ -126,7 +126,7 @@ def legend(runs: list[Run]) -> list[str]:
 
 
 def epochs(run: Run) -> Table:
-    """A row per epoch; a phase's first epoch names it, so that the change stands out."""
+    """A row per epoch; only a phase's first epoch names it, so that changes stand out."""
     head = ["phase", "epoch", "lr", "train loss", "train top-1", "val loss", "val top-1", "val top-5", "images/s"]
     rows, phase = [], None
     for row in run.history:
@@ -156,8 +156,8 @@ class PhaseChange:
 
     Args:
         one, several: after the new phase's first epoch, and after its fifth or, if it has fewer, its last.
-        span: the epochs that `several` is after; at least 2, or there is no such figure.
-        noise: what a jump has to exceed to be more than noise, and where that comes from; see `noise_at`.
+        span: the epochs up to `several`; if that is only one, `several` is None.
+        noise, noise_from: what a jump must exceed to be more than noise, and why; see `noise_at`.
     """
 
     run: str
@@ -171,12 +171,12 @@ class PhaseChange:
     noise_from: str
 
     def within_noise(self, reached: float) -> bool | None:
-        """Whether a jump to `reached` is within noise; None if that can't be told."""
+        """Whether a jump to `reached` is within noise; None if that is unknown."""
         return None if self.noise is None else abs(reached - self.top1) <= self.noise
 
     @property
     def words(self) -> str:
-        """What the jumps mean."""
+        """The verdict on the jumps."""
         if self.noise is None:
             return "whether this is noise can't be told: too few epochs, and the number of validation rows is unknown"
         verdicts = {}
@@ -189,7 +189,7 @@ class PhaseChange:
 
 
 def phase_changes(run: Run) -> list[PhaseChange]:
-    """The changes of phase in a history, where the epochs on both sides have a validation top-1."""
+    """The phase changes of a run that have a validation top-1 on both sides."""
     changes = []
     for index in range(1, len(run.history)):
         before, after = run.history[index - 1], run.history[index]
@@ -206,18 +206,18 @@ def phase_changes(run: Run) -> list[PhaseChange]:
 
 
 def noise_at(run: Run, index: int) -> tuple[float | None, str]:
-    """The size of a jump in validation top-1 at row `index` of the history that chance alone could make, and why.
+    """The largest jump in validation top-1 at row `index` of the history that chance may explain, and why.
 
     Twice the standard error of the difference of two accuracies over n rows, sqrt(2 p (1 - p) / n) with their mean p:
-    what independent samples exceed one time in twenty. Both are measured on the same rows, and so differ by less; the
-    bound is on the safe side. It speaks of the rows that were drawn, not of what another seed would have given.
+    independent samples exceed it one time in twenty. Both accuracies are measured on the same rows and so differ by
+    less: the bound is conservative. It covers the choice of rows, not what another seed would have given.
 
     n is the rows of predictions/validation.json, if all of them were judged. Otherwise it is estimated: validation is
-    one of `data.folds` parts of equal size (up to chance), the others are trained on, so that n is the images of an
+    one of `data.folds` parts of equal size (up to chance) and the others are trained on, so n is the images of an
     epoch, steps times `data.batch_size`, over folds - 1.
 
-    A history without steps (or a configuration without those fields) gives no n. Then a jump is noise if it is no
-    larger than the largest change from one epoch to the next among the 5 epochs on either side.
+    Without steps in the history, or those fields in the configuration, there is no n. The bound is then the largest
+    change from one epoch to the next among the 5 epochs on either side.
     """
     before, after = run.history[index - 1], run.history[index]
     judged = [it.rows for it in run.predictions if it.name == "validation" and it.limit is None and it.rows]
@@ -236,7 +236,7 @@ def noise_at(run: Run, index: int) -> tuple[float | None, str]:
 
 
 def _validation_rows(run: Run) -> int | None:
-    """The validation rows, estimated from the steps of an epoch; see `noise_at`."""
+    """The number of validation rows, estimated from an epoch's steps; see `noise_at`."""
     last = run.history[-1]
     batch, folds = number(run.setting("data", "batch_size")), number(run.setting("data", "folds"))
     if last["step"] is None or batch is None or folds is None or folds <= 1:
@@ -249,7 +249,7 @@ def _validation_rows(run: Run) -> int | None:
 
 
 def differences(runs: list[Run]) -> Table | None:
-    """The fields of the configurations that differ, a row each, a column per run; None for a single run."""
+    """The configuration fields that differ, a row each, a column per run; None for a single run."""
     if len(runs) < 2:
         return None
     flat = [_flat(run.config) for run in runs]
@@ -263,7 +263,7 @@ def differences(runs: list[Run]) -> Table | None:
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
-    """{"data": {"fold": 0}} as {"data.fold": ("0", "0")}: each value as JSON, and as it is easier to read."""
+    """{"data": {"fold": 0}} as {"data.fold": ("0", "0")}: each value as JSON and in readable form."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -271,7 +271,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
             continue
         try:
             exact = readable = json.dumps(value, ensure_ascii=False, default=str)
-        except ValueError:  # Python does not write out a number of thousands of digits
+        except ValueError:  # Python prints no numbers of thousands of digits
             exact = readable = shown(value)
         if isinstance(value, str):
             readable = value
@@ -282,7 +282,7 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, tuple[str, str]]:
 
 
 def _cells(values: list[tuple[str, str]]) -> list[str]:
-    """Values as `_flat` gives them, cut; where that makes different ones look alike, the ends of their JSON."""
+    """Shortened values of `_flat`; if that makes different ones look alike, the ends of their JSON."""
     cells = [shown(readable) for _, readable in values]
     if len(set(cells)) < len(set(values)):
         cells = [exact if len(exact) <= NAME_LENGTH else f"…{exact[1 - NAME_LENGTH :]}" for exact, _ in values]
@@ -290,9 +290,9 @@ def _cells(values: list[tuple[str, str]]) -> list[str]:
 
 
 def command(run: Run) -> str:
-    """The command that trains a run again, with the precision, processes and device that its config.yaml records.
+    """The command that retrains a run, with the precision, processes and device that its config.yaml records.
 
-    To be given in the project's folder: its accelerate_config.yaml keeps the user's own default out of it.
+    To be run in the project's folder, whose accelerate_config.yaml replaces the user's own default.
     """
     found = run.setting("environment")
     found = found if isinstance(found, dict) else {}
@@ -306,5 +306,5 @@ def command(run: Run) -> str:
         words += ["--multi_gpu", "--num_processes", *several] if several else []
         words += ["--cpu"] if found.get("device_type") == "cpu" else []
     recipe = run.setting("recipe")
-    words += script_of(recipe if isinstance(recipe, str) else "")  # only text names patches
+    words += script_of(recipe if isinstance(recipe, str) else "")  # in a foreign config it may be anything
     return plain(shlex.join([*words, "--config", os.path.abspath(run.path / "config.yaml")]))

@@ -1,7 +1,7 @@
 """The configuration: what a run is, and which values are valid.
 
-A run is a model, a data source and a list of phases. Each field's type, range and explanation stand here, once:
-`--help` (commandline.py), the check and its messages (recipe.py) are made from them. No torch here: `--help` must
+A run is a model, a data source and a list of phases. Each field's type, range and explanation are stated once, here;
+`--help` (commandline.py), the checks and their messages (recipe.py) are made from them. No torch here: `--help` must
 answer at once.
 """
 
@@ -28,7 +28,7 @@ from errors import USAGE, UserError
 from text import UNPRINTABLE
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=())
-PLAIN_NAME = {"pattern": r"^\w[\w.-]*$", "max_length": 100}  # of a folder, and of nothing above or below it
+PLAIN_NAME = {"pattern": r"^\w[\w.-]*$", "max_length": 100}  # one folder's name, never a path
 
 
 def _split_commas(value):
@@ -42,7 +42,7 @@ def _whole_or_auto(value):
 
 
 def hub_id(text: str) -> str:
-    """A repository's id on the hub as it was given; ValueError if it can't be one."""
+    """A repository's id on the hub, unchanged; ValueError if it can't be one."""
     parts = text.split("/")
     plain_names = all(re.fullmatch(r"\w([\w.-]{0,94}\w)?", part, re.ASCII) for part in parts)
     if len(parts) != 2 or not plain_names or "--" in text or ".." in text or text.endswith(".git"):
@@ -57,7 +57,7 @@ PhaseName = Annotated[str, Field(pattern=r"^[\w-]+$")]  # becomes part of option
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class _Section:
-    """What holds for every field: `true` is no number (pydantic takes it for 1), and text can be printed."""
+    """Checks on every field: `true` is not a number (pydantic takes it for 1), and text is printable."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -94,8 +94,9 @@ class DataConfig(_Section):
     )
     streaming: bool | None = Field(
         None,
-        description="read rows as they arrive, by one process for all, instead of downloading first and reading "
-        "memory-mapped, which feeds fast GPUs better (default: true for a hub source, false for others)",
+        description="read rows as they arrive, in the main process, which hands out batches, instead of downloading "
+        "first and reading memory-mapped, which feeds fast GPUs better (default: true for a hub source, false for "
+        "others)",
     )
     image: str | None = Field(None, description="the image column (default: the only one of image type)")
     label: str | None = Field(None, description="the label column (default: the class label with the most classes)")
@@ -114,7 +115,7 @@ class DataConfig(_Section):
         None,
         ge=8,
         le=1024,
-        description="pixels a side that the model sees, resized on the device (default: as they are)",
+        description="side in pixels that images are resized to, on the device (default: as they are)",
     )
     batch_size: int = Field(
         64, ge=1, description="images per optimizer step, all processes and gradient accumulation together"
@@ -128,8 +129,8 @@ class DataConfig(_Section):
         None,
         ge=0,
         le=256,
-        description="processes that decode images, for each that trains (default: cores - 1, before training "
-        "all cores, 1 to 4; for predict.py's --images and distorted images 1 to 16)",
+        description="worker processes that decode images, for each process that trains (default: cores - 1, before "
+        "training all cores, 1 to 4; for predict.py's --images and distorted images 1 to 16)",
     )
     shuffle_buffer: int = Field(
         10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
@@ -137,14 +138,15 @@ class DataConfig(_Section):
     keep_mb: int = Field(
         2048,
         ge=0,
-        description="MB of memory for images, if all of them fit; 0: never keep. Memory-mapped: decoded once, before "
-        "training, and kept by each process, on its GPU where they are little beside its memory. Streamed: what the "
-        "first epoch reads is kept by the main process, decoded as far as that fits, and shuffled fully from then on; "
-        "what does not fit is read again in each epoch",
+        description="MB of memory in which to keep images, if all of them fit; 0: keep none. Memory-mapped images are "
+        "decoded once, before training, and kept by each process, on its GPU if they take little of its memory. "
+        "Streamed ones are kept by the main process as the first epoch reads them, decoded if that fits, too, and "
+        "shuffled fully from then on; if they do not fit, each epoch reads them again",
     )
     on_corrupt: Literal["error", "skip"] = Field(
         "error",
-        description="an image that can't be decoded ends the run, naming its row; skip: it is left out and counted",
+        description="error: an image that can't be decoded ends the run, which names its row; skip: leave it out and "
+        "count it",
     )
     embedded_rows: int = Field(
         10_000, ge=200, description="training rows of the 'embedded' source; its test split has a fifth of them"
@@ -160,10 +162,10 @@ class DataConfig(_Section):
 
     @property
     def kind(self) -> Literal["embedded", "parquet", "folder", "hub"]:
-        """What `source` is, told from its form and from the disk, without reading any data.
+        """What `source` is, judged by its form and by the disk, without reading any data.
 
         Raises:
-            UserError: it has the form of a path, but there is nothing there.
+            UserError: it looks like a path, but nothing usable is there.
         """
         if self.source == "embedded":
             return "embedded"
@@ -172,7 +174,7 @@ class DataConfig(_Section):
             if path.is_dir():
                 return "parquet" if next(path.rglob("*.parquet"), None) else "folder"
             found = glob.glob(str(path), recursive=True)
-        except (OSError, RuntimeError) as error:  # a name that is too long, a folder of others, an unknown ~user
+        except (OSError, RuntimeError) as error:  # a name that is too long, no permission, an unknown ~user
             raise UserError(f"data.source: {self.source} can't be read: {error}", USAGE) from None
         if found:
             if path.suffix == ".parquet":
@@ -190,22 +192,22 @@ class DataConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AugmentConfig(_Section):
-    """What is done to training images, batched, on the device."""
+    """How training images are augmented, batched, on the device."""
 
     policy: Literal["report", "augmix", "none"] = Field(
         "report",
-        description="report: padded crop, flip, colour jitter 0.2, rotation up to 15 degrees; augmix: padded crop, "
-        "flip, then AugMix without its consistency loss; none: normalise only",
+        description="training augmentation. report: padded crop, flip, colour jitter 0.2, rotation up to 15 degrees; "
+        "augmix: padded crop, flip, then AugMix without its consistency loss; none: normalise only",
     )
     mix: Literal["none", "mixup", "cutmix"] = Field(
         "none",
-        description="mix each image with another of its micro-batch, and its loss with that of the other's label, by "
-        "share. mixup: blended, alpha 0.2; cutmix: half of the images get a box of the other's, alpha 1",
+        description="mix each image with another of its micro-batch, and weight the loss of both labels by their "
+        "shares. mixup: blend them, alpha 0.2; cutmix: paste a box of the other into half of the images, alpha 1",
     )
     distort: bool = Field(
         False,
-        description="speckle noise or Gaussian blur on half of the training images: two of the four corruptions that "
-        "are not in the mean of 15 (but in the mean of 19) that predict.py --robustness tells",
+        description="speckle noise or Gaussian blur on half of the training images. predict.py --robustness counts "
+        "these two corruptions in its mean over 19, not in that over 15",
     )
 
 
@@ -234,7 +236,7 @@ class PhaseConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig(_Section):
-    """When a run is saved, beside the end of each epoch and a signal to stop."""
+    """When a run is saved, besides each epoch's end and a signal to stop."""
 
     every_steps: int | None = Field(None, ge=1, description="optimizer steps between two checkpoints (default: off)")
     every_minutes: float | None = Field(10.0, gt=0, description="minutes between two checkpoints; null: don't count")
@@ -243,7 +245,7 @@ class CheckpointConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Environment(_Section):
-    """What a run found around it. Recorded in config.yaml, never set here: precision and processes are Accelerate's."""
+    """What a run ran on. Recorded in config.yaml, never set here: Accelerate decides precision and processes."""
 
     mixed_precision: str
     processes: int
@@ -264,29 +266,29 @@ class Config(_Section):
     clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
     sync_batch_norm: bool = Field(
         False,
-        description="batch norms that train take their statistics from the whole batch of all processes, not each from "
-        "its share; GPUs only",
+        description="batch norms in training mode take their statistics from the whole batch of all processes, "
+        "instead of each process's share; GPUs only",
     )
     tf32: bool = Field(
         False,
-        description="compute what is fp32 in TF32, faster and with 10 bits of mantissa (matrix products and "
-        "convolutions); Nvidia GPUs only",
+        description="compute fp32 matrix products and convolutions in TF32: faster, with 10 bits of mantissa; Nvidia "
+        "GPUs only",
     )
     cuda_graphs: bool = Field(
         True,
-        description="on a GPU: record augmentation as a CUDA graph and replay it in each step, instead of launching "
-        "kernel by kernel; with one process and no accumulation each phase's forward and backward pass, too. Same "
-        "results, sooner, for somewhat more memory",
+        description="on a GPU: record the augmentation as a CUDA graph and replay it in each step, instead of "
+        "launching its kernels one by one; with one process and no accumulation each phase's forward and backward "
+        "pass, too. The results are the same, sooner, for somewhat more memory",
     )
     timeout_minutes: float = Field(
         30.0,
         gt=0,
         le=10_000,
-        description="minutes that processes wait for one another; one that is gone without a word, with its machine, "
-        "ends the others after so long",
+        description="minutes that processes wait for one another; if one disappears with its machine, the others end "
+        "after this long",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of initialisation, shuffling, augmentation and dropout")
-    recipe: str = Field("run", **PLAIN_NAME)  # the recipe file's name, which the run is called after
+    recipe: str = Field("run", **PLAIN_NAME)  # the recipe file's name; the run is named after it
     run_name: str | None = Field(
         None, **PLAIN_NAME, description="folder of this run below output_dir (default: recipe and time)"
     )
@@ -294,17 +296,17 @@ class Config(_Section):
     profile: int | None = Field(
         None,
         ge=1,
-        description="trace this many steps of each phase's first epoch (after 3 that warm up) with torch's profiler, "
-        "to RUN/profile/PHASE.json.gz, which ui.perfetto.dev opens (default: off)",
+        description="trace this many steps of each phase's first epoch (after 3 to warm up) with torch's profiler, to "
+        "RUN/profile/PHASE.json.gz, which ui.perfetto.dev opens (default: off)",
     )
     tracking: Literal["wandb", "none"] = Field(
         "wandb",
-        description="where figures go beside history.jsonl; wandb goes offline by itself without key or network",
+        description="where metrics go besides history.jsonl; without a key or a network wandb goes offline by itself",
     )
     push_to_hub: str | None = Field(
         None,
-        description="after training, upload best/ with its model card to this repository on the hub, NAME/MODEL; one "
-        "that is not there yet is made, and public unless your account says otherwise; null: upload nothing",
+        description="after training, upload best/ with its model card to this repository on the hub, NAME/MODEL, "
+        "which is created if need be, and public unless your account says otherwise; null: upload nothing",
     )
     environment: Environment | None = None
 
@@ -335,7 +337,7 @@ class Config(_Section):
         """`output_dir` as a path, which need not exist yet.
 
         Raises:
-            UserError: it can't be a folder to write to: it lies below a file, or its owner does not let us.
+            UserError: it can't be a folder to write to: it lies below a file, or we have no permission.
         """
         try:
             folder = Path(self.output_dir).expanduser()

@@ -2,12 +2,12 @@
 
 After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR
 2019, arXiv:1903.12261), with the settings for images of CIFAR's size. Written from the definitions, not from the
-authors' code, and with other random draws: what a model scores on these images is NOT comparable with figures on the
-published files (CIFAR-10-C, CIFAR-100-C). Each docstring says where its corruption departs from the published recipe;
-all of them round to 8 bits where that truncates, and draw everything from the one generator they are given.
+authors' code, and with different random draws: scores on these images are NOT comparable with figures on the published
+files (CIFAR-10-C, CIFAR-100-C). Each docstring says where its corruption departs from the published recipe; all of them
+round to 8 bits where that truncates, and draw only from the generator they are given.
 
-Inside, images are float32 (H, W, 3) in [0, 1]; results are clipped to that by `corrupt`. Lengths are in pixels and do
-not grow with the image, unless a docstring says so. What blurs repeats the image's outermost pixels around it.
+Inside, images are float32 (H, W, 3) in [0, 1]; `corrupt` clips the results. Lengths are in pixels and do not grow with
+the image, unless a docstring says so. Blurs pad the image by repeating its edge pixels.
 """
 
 import io
@@ -23,7 +23,7 @@ GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 TURQUOISE = np.array([175, 238, 238], dtype=np.float32) / 255
 BROWN = np.array([63, 42, 20], dtype=np.float32) / 255
 ICE = np.array([0.82, 0.91, 1.0], dtype=np.float32)
-RED = np.array([0, 1, 1], dtype=np.float32)  # what is missing from it, by channel
+RED = np.array([0, 1, 1], dtype=np.float32)  # its distance from white, by channel
 
 _CORRUPTIONS: dict[str, tuple[Callable, tuple[tuple, ...]]] = {}
 
@@ -62,7 +62,7 @@ def _settings(*by_severity):
     return register
 
 
-# ---- what several corruptions are made of ------------------------------------------------------------------------
+# ---- shared building blocks --------------------------------------------------------------------------------------
 
 
 def _gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -73,7 +73,7 @@ def _gaussian(image: np.ndarray, sigma: float) -> np.ndarray:
 def _trail(image: np.ndarray, radius: int, sigma: float, degrees: float) -> np.ndarray:
     """Blur along a line to one side of each pixel: 2 * radius + 1 pixels weighted by the falling half of a Gaussian.
 
-    This is what ImageMagick documents as its motion blur, by which the published files were made.
+    This is ImageMagick's motion blur as documented; the published files were made with it.
     """
     height, width = image.shape[:2]
     reach = 2 * radius
@@ -83,7 +83,7 @@ def _trail(image: np.ndarray, radius: int, sigma: float, degrees: float) -> np.n
     angle = np.radians(degrees)
     rows, columns = reach + np.rint(np.outer([np.sin(angle), np.cos(angle)], steps)).astype(int)
     padded = np.pad(image, [(reach, reach), (reach, reach), (0, 0)][: image.ndim], mode="edge")
-    # A kernel would be mostly zeros: to add up shifted images is several times faster.
+    # A kernel would be mostly zeros: adding shifted images is several times faster.
     return sum(
         weight * padded[row : row + height, column : column + width]
         for weight, row, column in zip(weights, rows, columns, strict=True)
@@ -102,8 +102,8 @@ def _plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> 
     """A fractal (H, W) from 0 to 1 by the diamond-square algorithm, on a torus.
 
     The grid is refined until it covers the image: each new point is the mean of its four neighbours (first those in
-    the squares' centres, then those between) and a uniform draw. A draw's range is the square of the wibble, which is
-    divided by `decay` at each refinement: the larger the decay, the smoother the fractal.
+    the squares' centres, then those between) plus a uniform draw. The draw's range is divided by `decay` squared at
+    each refinement: the larger the decay, the smoother the fractal.
     """
     grid, amplitude = np.zeros((1, 1), dtype=np.float32), 1.0
     while len(grid) < max(height, width):
@@ -120,7 +120,7 @@ def _plasma(height: int, width: int, decay: float, rng: np.random.Generator) -> 
 
 
 def _stretch(layer: np.ndarray) -> np.ndarray:
-    """Scaled and shifted so that it goes from 0 to 1."""
+    """Scale and shift to the range from 0 to 1."""
     return (layer - layer.min()) / np.ptp(layer)
 
 
@@ -129,22 +129,19 @@ def _stretch(layer: np.ndarray) -> np.ndarray:
 
 @_settings(0.04, 0.06, 0.08, 0.09, 0.10)
 def gaussian_noise(image, rng, std):
-    """Sensor noise in poor light: normal noise of standard deviation `std` is added to each value. As published."""
+    """Sensor noise in poor light: adds normal noise of standard deviation `std` to each value. As published."""
     return image + std * rng.standard_normal(image.shape, dtype=np.float32)
 
 
 @_settings(500, 250, 100, 75, 50)
 def shot_noise(image, rng, photons):
-    """Noise of light's discrete nature: each value is a Poisson count, of which a value of 1 expects `photons`.
-
-    As published.
-    """
+    """Photon noise: each value becomes a Poisson count, with mean `photons` for a value of 1. As published."""
     return rng.poisson(image * photons) / photons
 
 
 @_settings(0.01, 0.02, 0.03, 0.05, 0.07)
 def impulse_noise(image, rng, amount):
-    """Salt and pepper, from bit errors: a fraction `amount` of the values (not pixels) becomes 0 or 1, half of it each.
+    """Salt and pepper, from bit errors: a fraction `amount` of the values (not pixels) becomes 0 or 1, half each.
 
     As published.
     """
@@ -157,7 +154,7 @@ def impulse_noise(image, rng, amount):
 
 @cache
 def _disc(radius: float, alias: float) -> np.ndarray:
-    """A disc's pixels whose centres are within `radius`, smoothed by a Gaussian of sigma `alias`; its sum is 1."""
+    """A disc of the pixels centred within `radius`, smoothed by a Gaussian of sigma `alias`; it sums to 1."""
     reach = int(np.ceil(radius)) + 2
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disc = (np.hypot(x, y) <= radius).astype(np.float32)
@@ -175,11 +172,11 @@ def defocus_blur(image, rng, radius, alias):
 
 @_settings((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
 def glass_blur(image, rng, sigma, max_delta, iterations):
-    """Frosted glass: a Gaussian blur, then each pixel changes places with a near one, then the blur again.
+    """Frosted glass: a Gaussian blur, then each pixel swaps places with a nearby one, then the blur again.
 
-    One pixel after the other, `iterations` times over, swaps with one that is up to `max_delta` away in each direction;
-    several swaps may carry a pixel further. The published recipe leaves the pixels along the border in their places;
-    here a partner outside the image is replaced by the nearest one inside.
+    One after the other, `iterations` times over, each pixel swaps with one up to `max_delta` away in each direction;
+    repeated swaps may carry a pixel further. The published recipe leaves border pixels in place; here a partner outside
+    the image is replaced by the nearest one inside.
     """
     height, width, channels = image.shape
     rows, columns = np.indices((height, width))
@@ -187,7 +184,7 @@ def glass_blur(image, rng, sigma, max_delta, iterations):
     for _ in range(iterations):
         down, right = rng.integers(-max_delta, max_delta, (2, height, width), endpoint=True)
         partners = (rows + down).clip(0, height - 1) * width + (columns + right).clip(0, width - 1)
-        # A swap depends on the ones before it, so this loop stays a loop; over a list it is ten times faster.
+        # Each swap depends on earlier ones: no vectorising. Over a list the loop is ten times faster.
         for pixel, partner in enumerate(partners.ravel().tolist()):
             order[pixel], order[partner] = order[partner], order[pixel]
     shuffled = _gaussian(image, sigma).reshape(-1, channels)[order].reshape(image.shape)
@@ -206,10 +203,10 @@ def motion_blur(image, rng, radius, sigma):
 
 @_settings(7, 12, 16, 21, 26)
 def zoom_blur(image, rng, zooms):
-    """A camera that moves towards its object: the mean of the image and its centre enlarged 1.00, 1.01, 1.02... times.
+    """A camera moving towards its object: the mean of the image and its centre enlarged 1.00, 1.01, 1.02... times.
 
-    `zooms` is how many of these there are: the published ranges stop before 1.06, 1.11, 1.16, 1.21 and 1.26, of which
-    rounding includes the first two. The published recipe cuts the centre out in whole pixels.
+    `zooms` counts the enlargements: the published ranges stop before 1.06, 1.11, 1.16, 1.21 and 1.26, but rounding
+    includes the first two. The published recipe crops the centre to whole pixels.
     """
     picture = Image.fromarray(_to_bytes(image))
     total = np.asarray(picture, dtype=np.float32)
@@ -229,13 +226,13 @@ def zoom_blur(image, rng, zooms):
     (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
 )
 def snow(image, rng, mean, std, zoom, threshold, radius, sigma, keep):
-    """Falling snow: bright streaks, over an image that is whitened.
+    """Falling snow: bright streaks over a whitened image.
 
-    Flakes are normal noise (`mean`, `std`) enlarged `zoom` times, of which only what exceeds `threshold` stays. They
-    fall (`_trail` with `radius` and `sigma`) at an angle drawn from -135 to -45 degrees. A share `keep` of the image is
+    Flakes are normal noise (`mean`, `std`) enlarged `zoom` times, keeping only what exceeds `threshold`. They fall
+    (`_trail` with `radius` and `sigma`) at an angle drawn from -135 to -45 degrees. A share `keep` of the image is
     kept, the rest is replaced by its grey version (times 1.5, plus 0.5) where that is brighter; the flakes and the
-    flakes turned by 180 degrees are added. As published, but for the motion blur's details and for the
-    enlargement, which is not cut to whole pixels.
+    flakes turned by 180 degrees are added. As published, except for details of the motion blur and for the
+    enlargement, which is not cropped to whole pixels.
     """
     flakes = mean + std * rng.standard_normal(image.shape[:2], dtype=np.float32)
     flakes = np.asarray(_zoom(Image.fromarray(flakes), zoom))
@@ -249,9 +246,9 @@ def snow(image, rng, mean, std, zoom, threshold, radius, sigma, keep):
 def frost(image, rng, keep, cover):
     """A frozen window: `keep` times the image plus `cover` times a picture of frost.
 
-    The published recipe takes a random part of a photograph of frost; here it is drawn. Needles of ice are sparse noise
-    drawn out along three directions, 60 degrees apart as in a crystal and turned at random; they stand on patches of
-    ice that are thick where a fractal is high and leave clearings where it is low.
+    The published recipe crops a photograph of frost at random; here the frost is generated. Needles of ice are sparse
+    noise stretched in three directions, 60 degrees apart as in a crystal and randomly rotated; they stand on patches
+    of ice that are thick where a fractal is high, with clearings where it is low.
     """
     height, width = image.shape[:2]
     radius, turn = 6, rng.uniform(0, 180)
@@ -307,7 +304,7 @@ def elastic_transform(image, rng, alpha, sigma, affine):
     side = min(height, width)
     anchors = np.array([height, width]) / 2 + side / 3 * np.array([[1, 1], [1, -1], [-1, -1]])
     moved = anchors + rng.uniform(-affine * side, affine * side, anchors.shape)
-    backward = np.linalg.solve(np.column_stack([moved, np.ones(3)]), anchors)  # rows: per row, per column, constant
+    backward = np.linalg.solve(np.column_stack([moved, np.ones(3)]), anchors)  # factors of row, column, and 1
     field = rng.uniform(-1, 1, (2, height, width))
     shift = alpha * side * ndimage.gaussian_filter(field, sigma * side, mode="reflect", axes=(1, 2))
     where = np.tensordot(backward[:2].T, np.indices((height, width)) + shift, 1) + backward[2][:, None, None]
@@ -318,7 +315,7 @@ def elastic_transform(image, rng, alpha, sigma, affine):
 
 @_settings(0.95, 0.9, 0.85, 0.75, 0.65)
 def pixelate(image, rng, scale):
-    """Too few pixels: shrunk to `scale` of each side by a box filter and enlarged by one again. As published."""
+    """Too few pixels: shrinks each side to `scale` with a box filter and enlarges it again. As published."""
     picture = Image.fromarray(_to_bytes(image))
     small = (int(picture.width * scale), int(picture.height * scale))
     back = picture.resize(small, Image.Resampling.BOX).resize(picture.size, Image.Resampling.BOX)
@@ -327,9 +324,9 @@ def pixelate(image, rng, scale):
 
 @_settings(80, 65, 58, 50, 40)
 def jpeg_compression(image, rng, quality):
-    """Lossy compression: through JPEG at `quality` (Pillow's scale and chroma subsampling). As published.
+    """Lossy compression: JPEG at `quality` (Pillow's scale and chroma subsampling). As published.
 
-    The very bytes depend on the JPEG library that Pillow was built with.
+    The exact bytes depend on the JPEG library that Pillow was built with.
     """
     file = io.BytesIO()
     Image.fromarray(_to_bytes(image)).save(file, "JPEG", quality=quality)
@@ -341,7 +338,7 @@ def jpeg_compression(image, rng, quality):
 
 @_settings(0.06, 0.1, 0.12, 0.16, 0.2)
 def speckle_noise(image, rng, std):
-    """Noise in proportion to the light: each value plus itself times normal noise of `std`. As published."""
+    """Multiplicative noise: adds to each value itself times normal noise of `std`. As published."""
     return image + image * std * rng.standard_normal(image.shape, dtype=np.float32)
 
 
@@ -363,8 +360,8 @@ def spatter(image, rng, mean, std, sigma, threshold, intensity, mud):
 
     Liquid is normal noise (`mean`, `std`) smoothed by a Gaussian of `sigma`; it lies where that exceeds `threshold`,
     with edges softened by the same Gaussian. Water adds pale turquoise times `intensity`; mud mixes the image with
-    that share of brown. The published recipe shades water by the distance from the drops' edges, and its mud is opaque
-    but only where it is thick: simpler here, and so not of the same strength.
+    that share of brown. The published recipe shades water by the distance from the drops' edges, and has opaque mud
+    but only where it is thick; this one is simpler, and so differs in strength.
     """
     liquid = mean + std * rng.standard_normal(image.shape[:2], dtype=np.float32)
     lies = (_gaussian(liquid, sigma) > threshold).astype(np.float32)
@@ -387,4 +384,4 @@ def saturate(image, rng, scale, shift):
 
 
 NAMES = tuple(_CORRUPTIONS)
-MEAN_15 = NAMES[:15]  # those that RobustBench's mean is over; the other four were meant for tuning
+MEAN_15 = NAMES[:15]  # the ones in RobustBench's mean; the other four were meant for tuning

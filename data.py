@@ -1,7 +1,7 @@
-"""Images and labels: from a hub dataset, parquet, a folder of images or the embedded drawings to batches of uint8.
+"""Images and labels: opens a hub dataset, parquet, a folder of images or the embedded drawings.
 
-Every source becomes one `datasets` object with an undecoded image column and a class-label column; from there the
-validation split, the decoding and the loaders are the same for all, streamed or memory-mapped.
+Each split becomes a `datasets` object with an undecoded image column and a class-label column. From there on the
+validation split, decoding and loaders are the same for every source, streamed or memory-mapped.
 """
 
 import hashlib
@@ -23,30 +23,30 @@ from processes import on_main
 
 @dataclass(frozen=True)
 class Data:
-    """An opened source. The splits hold encoded images; after `loading.keep_decoded` some are its `DecodedImages`."""
+    """An opened source. Splits hold encoded images, or `DecodedImages` once `loading.keep_decoded` has run."""
 
     train: Dataset | streaming.Part | None
     validation: Dataset | streaming.Part | None  # None: all rows are trained on (`data.folds` null)
     test: Dataset | streaming.Stream | None
     image: str  # column
     label: str  # column
-    class_labels: Dataset | IterableDataset  # the training split's columns of that type alone
+    class_labels: Dataset | IterableDataset  # the training split, class-label columns only
     class_names: list[str]
-    size: tuple[int, int]  # height and width in pixels of the first training image
+    size: tuple[int, int]  # height and width in pixels of the first image
 
 
 def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     """Open the source, find its columns and hold the validation rows out of the training split.
 
-    Of a stream the main process alone reads rows.
+    Only the main process reads rows of a stream.
 
     Args:
-        seed: of a stream's order.
-        only_test: nothing is trained or validated. Training rows are neither looked through nor held out, and need not
-            be there: columns and classes are those of the test split then.
+        seed: seeds the order of a stream.
+        only_test: nothing is trained or validated. Training images are neither read nor held out. If there is no
+            training split, columns and classes come from the test split.
 
     Raises:
-        UserError: the source, a split or a column is not there, or has another type than images and class labels.
+        UserError: the source, a split or a column is missing, or a column holds no images or no class labels.
     """
     splits = sources.open_splits(config)
     test = sources.pick(splits, config.test_split, "data.test_split", config.source) if config.test_split else None
@@ -54,7 +54,7 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
         train = test
     else:
         train = sources.pick(splits, config.train_split, "data.train_split", config.source)
-    if train.features is None:  # a stream of parquet without metadata: read from its first rows
+    if train.features is None:  # a stream of parquet without metadata: infer them from the first rows
         train = train._resolve_features()
     image, label = columns.find(train.features, config)
     class_labels = train.select_columns([name for name, kind in train.features.items() if isinstance(kind, ClassLabel)])
@@ -63,7 +63,7 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     train, classes = columns.with_classes(train, label, config, only_test)
     if test is not None:
         test = columns.encoded(test, image, label, config.test_split)
-        if isinstance(test, Dataset) and test.features != train.features:  # whole numbers
+        if isinstance(test, Dataset) and test.features != train.features:  # integer labels
             columns.classes_with_rows(test, config.test_split, label, classes, config)
             test = test.cast(train.features)
     if len(classes) < 2 and not only_test:
@@ -93,17 +93,17 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
 
 
 def _size(rows: Dataset | streaming.Stream, image: str, config: DataConfig, split: str) -> tuple[int, int]:
-    """The first image's size. A stream is looked at by the main process, and goes on behind what was looked at."""
+    """The first image's size. Only the main process peeks into a stream; the next pass reuses the rows it read."""
     if isinstance(rows, Dataset):
         return first_size(rows, image, config, split)
     return on_main(lambda: first_size(rows.look(), image, config, split))
 
 
 def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple[int, int]:
-    """Height and width of the first image; of the first that can be decoded, where others are skipped.
+    """Height and width of the first image, or with `on_corrupt` skip of the first that can be decoded.
 
     Args:
-        split: that the rows are of, for messages.
+        split: the split's name, for messages.
     """
     row = None
     try:
@@ -116,17 +116,17 @@ def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple
                     raise corrupt(row, image, split, error) from error
     except UserError:
         raise
-    except Exception as error:  # a stream's first bytes arrive here, with whatever can go wrong on their way
+    except Exception as error:  # a stream's first bytes arrive here, so anything can go wrong
         raise UserError(f"data.source: {config.source} can't be read: {first_line(error)}") from error
     found = "no rows" if row is None else "no image that can be decoded"
     raise UserError(f"{config.source}: " + (f"the split '{split}' has {found}" if split else f"there is {found}"))
 
 
 def held_out(content: bytes, folds: int | None, fold: int) -> bool:
-    """Whether a row is for validation, told from its image's encoded bytes; without folds none is.
+    """Whether a row is for validation, decided by a hash of its image's encoded bytes; without folds none is.
 
-    It depends on nothing else: not on the row's position, the number of workers, shards or processes, nor on whether it
-    is streamed. Copies of an image fall on the same side.
+    Nothing else matters: not the row's position, not the number of workers, shards or processes, not streaming.
+    Copies of an image therefore fall on the same side.
     """
     if folds is None:
         return False
@@ -134,7 +134,7 @@ def held_out(content: bytes, folds: int | None, fold: int) -> bool:
 
 
 def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> tuple[Dataset, Dataset]:
-    """Memory-mapped rows as (training, validation)."""
+    """Split memory-mapped rows into (training, validation)."""
     batches = dataset.select_columns([image]).iter(1000)
     side = np.array([on_side(bytes_of(encoded)) for batch in batches for encoded in batch[image]])
     return dataset.select(np.flatnonzero(~side)), dataset.select(np.flatnonzero(side))
@@ -143,7 +143,7 @@ def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> 
 def superclasses(data: Data) -> dict[str, str] | None:
     """Each class's superclass, by name, if the data have a second, coarser label, as CIFAR-100 has; None otherwise.
 
-    Of a stream, so many rows are read that each class was seen once.
+    A stream is read until every class has been seen.
 
     Raises:
         UserError: rows can't be read.
@@ -157,7 +157,7 @@ def superclasses(data: Data) -> dict[str, str] | None:
         for rows in data.class_labels.iter(1000):
             for label, above in zip(rows[data.label], rows[column], strict=True):
                 if found.setdefault(label, above) != above:
-                    return None  # a label of another kind: it splits classes
+                    return None  # not a superclass: it splits a class
             if isinstance(data.class_labels, IterableDataset) and len(found) == len(data.class_names):
                 break
     except Exception as error:  # whatever can go wrong with a file, a format or a connection
@@ -172,16 +172,16 @@ def model_size(data: Data, config: DataConfig) -> tuple[int, int]:
 
 
 def is_streamed(data: Data) -> bool:
-    """Whether the training rows come from a stream, so that nobody knows how many there are."""
+    """Whether the training rows come from a stream, so that their number is not known in advance."""
     return isinstance(data.train, streaming.Part)
 
 
 def facts(data: Data) -> dict:
-    """What a resumed run has to find unchanged, as far as it can be told without reading the images."""
+    """What must not have changed when a run is resumed, as far as can be seen without reading the images."""
     splits = {"training rows": data.train, "validation rows": data.validation}
     rows = {name: None if is_streamed(data) or split is None else len(split) for name, split in splits.items()}
     found = rows | {"classes": list(data.class_names), "first image's size": list(data.size)}
-    if is_streamed(data):  # decides the order; from the cache, without the hub, it is read as one
+    if is_streamed(data):  # decides the order; offline, the hub's cache is read as one file
         found["files of the stream"] = data.train.stream.in_order.rows.num_shards
     return found
 
@@ -200,7 +200,7 @@ def describe(data: Data, config: DataConfig) -> str:
 
 
 def check_batch(data: Data, config: DataConfig) -> None:
-    """UserError if the training rows, where they can be counted, do not fill a single batch."""
+    """Raise UserError if the training rows, where they can be counted, do not fill one batch."""
     if not is_streamed(data) and len(data.train) < config.batch_size:
         raise UserError(
             f"{config.source}: {len(data.train)} training rows are fewer than data.batch_size {config.batch_size}"

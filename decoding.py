@@ -19,11 +19,11 @@ from metrics import IGNORED
 ROW = "__row__"  # column with a memory-mapped row's number within its split, for messages
 
 PILImage.init()
-# Pictures made of pixels. Pillow hands others to programs that run what is in them: Ghostscript, for one.
+# Raster formats only: Pillow hands others to programs that run code in them, such as Ghostscript.
 PIXELS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS = tuple(name for name in PIXELS if name in PILImage.OPEN)
-ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd"}  # that a file may lie in, and its path lead through
-TURNED = {  # by EXIF's orientation: what makes a photo stand as the camera was held
+ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd"}  # containers that an image's path may lead through
+TURNED = {  # EXIF orientation to the transpose that sets a photo upright
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
     4: PILImage.Transpose.FLIP_TOP_BOTTOM,
@@ -34,25 +34,25 @@ TURNED = {  # by EXIF's orientation: what makes a photo stand as the camera was 
 }
 
 if not hub.offline():
-    hub.persist()  # here, so that a loader's worker that is not forked has it too: it imports this for `Collate`
+    hub.persist()  # here, so that spawned workers have it too: they import this module for `Collate`
 
 
 class CorruptImage(Exception):
-    """Bytes that are not an image that Pillow can read."""
+    """Bytes that can't be read as an image."""
 
 
 def bytes_of(encoded: Mapping | None) -> bytes:
-    """The bytes of an encoded image, none where a row has no image."""
+    """The bytes of an encoded image; empty if the row has no image."""
     if not encoded or (encoded["bytes"] is None and encoded["path"] is None):
         return b""
     if encoded["bytes"] is not None:
         return encoded["bytes"]
     path = encoded["path"]
     try:
-        if os.path.isfile(path):  # read as what it is called; to the other one `::` in a name means something
+        if os.path.isfile(path):  # by its literal name: `xopen` would give `::` in it a meaning
             with open(path, "rb") as file:
                 return file.read()
-        # A dataset of others' making may name what it likes: neither devices nor servers are asked for it.
+        # Somebody else's dataset may name any path: open no devices, and contact no server but the hub.
         *inside, where = path.split("::")
         if os.path.exists(where) and not os.path.isfile(where):
             raise OSError(f"{where} is no file")
@@ -69,16 +69,16 @@ def decode(encoded: Mapping | None) -> PILImage.Image:
     """An encoded image ({"bytes", "path"}) as an RGB PIL image, whatever mode it was stored in.
 
     Raises:
-        CorruptImage: the bytes are not an image that Pillow can read, or one whose pixels have no known range.
-        UserError: there are no bytes to be had from its path.
+        CorruptImage: the bytes are not an image that Pillow can read, or its pixels have no known range.
+        UserError: its path can't be read.
     """
     content = bytes_of(encoded)
     try:
         image = PILImage.open(io.BytesIO(content), formats=FORMATS)
-        image.load()  # before anything is asked that might load it too, and keep to itself that it is broken
+        image.load()  # before other calls load it, too, and hide that it is broken
         turned = TURNED.get(_orientation(image))
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-            # 16 bits a pixel, of which Pillow's conversion would cut off what is above 255.
+            # 16 bits a pixel: scaled, as Pillow's conversion would clip all values above 255.
             image = PILImage.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise CorruptImage("it has 32 bits a pixel, and nothing says which value is white")
@@ -93,15 +93,15 @@ def decode(encoded: Mapping | None) -> PILImage.Image:
 
 
 def _orientation(image: PILImage.Image) -> int | None:
-    """How the camera was held, as EXIF counts it; None where it says nothing that can be read."""
+    """How the camera was held, as EXIF's number; None if it is missing or unreadable."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # garbage in EXIF; the pixels may be whole all the same
+    except Exception:  # garbage in EXIF; the pixels may still be intact
         return None
 
 
 def corrupt(row: Mapping, image: str, split: str, error: CorruptImage) -> UserError:
-    """The error for a row whose image can't be decoded: it names the row and its file, or its bytes in a stream."""
+    """The error for a row whose image can't be decoded: it names row and file; in a stream, the file or a hash."""
     content, path = bytes_of(row[image]), (row[image] or {}).get("path")
     if ROW in row:
         where = f"the image in row {row[ROW]} of split '{split}'" + (f" ({path})" if path else "")
@@ -119,11 +119,11 @@ class Collate:
 
     Returns from a call:
         dict: `image` uint8 (B, 3, H, W), `label` int64 (B,). Images keep their size; resizing to `image_size` is left
-        to the device, unless they differ in size or are larger: then they are cropped to its shape and resized here.
+        to the device, unless they differ in size, are larger or not square: then they are cropped and resized here.
         With `skip`, a row whose image can't be decoded has the label `metrics.IGNORED`.
 
     Raises:
-        UserError: a label that is no class, images of several sizes, or one that can't be decoded.
+        UserError: a label that is no class, several sizes without `image_size`, or an image that can't be decoded.
     """
 
     image: str
@@ -144,11 +144,11 @@ class Collate:
                 )
         images = [row[self.image] for row in rows]
         decoded = all(isinstance(image, np.ndarray) and image.shape[:2] == self.size for image in images)
-        if decoded and not self._must_fit():  # as they should be, and to be spared the way through Pillow
+        if decoded and not self._must_fit():  # already right: skip the detour through Pillow
             return {"image": _batch(images), "label": torch.tensor(labels)}
         images = [self._decode(row) for row in rows]
         if None in images:
-            # Batches stay full and equally large on all processes: black fills the place, and no loss counts it.
+            # A black image fills the place, so batches stay equally large on all processes; no loss counts it.
             labels = [IGNORED if image is None else label for image, label in zip(images, labels, strict=True)]
             filling = PILImage.new("RGB", self.size[::-1])
             images = [image or filling for image in images]
@@ -165,7 +165,7 @@ class Collate:
         return {"image": _batch([np.asarray(image) for image in images]), "label": torch.tensor(labels)}
 
     def _decode(self, row: dict) -> PILImage.Image | None:
-        if isinstance(row[self.image], np.ndarray):  # it is kept so
+        if isinstance(row[self.image], np.ndarray):  # kept decoded
             return PILImage.fromarray(row[self.image])
         try:
             return decode(row[self.image])
@@ -176,7 +176,7 @@ class Collate:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Height and width of a batch of images that are all as large as the first."""
+        """Height and width of a batch if all its images are as large as the first."""
         return (self.image_size, self.image_size) if self._must_fit() else self.size
 
     def _must_fit(self) -> bool:
@@ -185,5 +185,5 @@ class Collate:
 
 
 def _batch(images: list[np.ndarray]) -> torch.Tensor:
-    """Pictures (H, W, 3), all of one size, as one uint8 tensor (B, 3, H, W)."""
+    """Images (H, W, 3), all of one size, as one uint8 tensor (B, 3, H, W)."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -1,7 +1,7 @@
 """Distorted images as data sets: the course's and CIFAR-100-C's files, and corruptions made here.
 
-Each is a list of distortions of the same images, one after the other, so that one pass of the model judges all of them
-and row `i` belongs to distortion `i // images`.
+Each lists the distortions of the same images one after the other, so that one pass of the model judges all of them and
+row `i` belongs to distortion `i // images`.
 """
 
 import os
@@ -19,7 +19,7 @@ LEVELS = len(corruptions.SEVERITIES)
 CELLS = len(corruptions.NAMES) * LEVELS
 SEVERITY_ROWS = 10_000  # images of each severity in one of the published files
 SHAPE = (LEVELS * SEVERITY_ROWS, 32, 32, 3)
-# CIFAR-100's classes in the order of their numbers: the files have nothing but these.
+# CIFAR-100's classes in the order of their labels: the files hold only the labels.
 CIFAR100 = tuple(
     """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
@@ -35,12 +35,12 @@ COURSE = tuple(f"distortion{number:02d}" for number in range(19))
 
 
 class Files(Dataset):
-    """Images of .npy files, one file after the other. Mapped into memory for as long as a batch is read.
+    """Images from .npy files, one file after the other, memory-mapped only while a batch is read.
 
     Args:
         paths: files of `SHAPE`, uint8.
-        rows: of each file, in the order in which they are wanted.
-        labels: of all rows of a file; without them the label is 0.
+        rows: the rows to take from each file, in this order.
+        labels: of all rows of a file; None: every label is 0.
     """
 
     def __init__(self, paths: Sequence[Path], rows: np.ndarray, labels: np.ndarray | None = None):
@@ -63,9 +63,9 @@ class Files(Dataset):
 
 
 class Corrupted(Dataset):
-    """The same images under each corruption at each severity, made as they are wanted, in the loader's workers.
+    """The same images under each corruption at each severity, made on demand in the loader's workers.
 
-    What happens to an image depends on the seed, the corruption, the severity and its row, and on nothing else.
+    The result depends only on the image, the seed, the corruption, the severity and the row.
 
     Args:
         images: uint8 (N, H, W, 3).
@@ -92,7 +92,7 @@ class Corrupted(Dataset):
 
 
 def known_classes(class_names: list[str], option: str) -> list[str]:
-    """The names of the files' labels as the run has them: CIFAR-100's, also as the hub spells them, or numbers.
+    """CIFAR-100's class names in label order, as the run has them: the originals, the hub's, or numbers.
 
     Raises:
         UserError: the run was trained on something else.
@@ -106,12 +106,12 @@ def known_classes(class_names: list[str], option: str) -> list[str]:
 
 
 def course(folder: Path) -> Files:
-    """The course's 19 files, all rows; UserError tells of each that is missing or of another kind."""
+    """The course's 19 files, all rows; UserError if one is missing or of the wrong kind."""
     return Files(_checked(folder, COURSE, "--ood"), np.arange(SHAPE[0]))
 
 
 def course_id(place: int) -> str:
-    """The id of a submission's row: distortionNN_S_I, file, severity from 1, and image from 0 within the severity."""
+    """A submission row's id, distortionNN_S_I: file, severity from 1, image from 0 within the severity."""
     number, row = divmod(place, SHAPE[0])
     severity, image = divmod(row, SEVERITY_ROWS)
     return f"{COURSE[number]}_{severity + 1}_{image}"
@@ -121,10 +121,10 @@ def cifar100c(folder: Path, limit: int | None = None) -> Files:
     """The official CIFAR-100-C folder, in the order of `corruptions.NAMES`.
 
     Args:
-        limit: take only so many images of each severity.
+        limit: take only this many images of each severity.
 
     Raises:
-        UserError: a file is missing, or of another kind.
+        UserError: a file is missing or of the wrong kind.
     """
     paths, path = _checked(folder, corruptions.NAMES, "--cifar100c"), folder / "labels.npy"
     labels = _mapped(path)
@@ -156,8 +156,8 @@ def table(hits: np.ndarray) -> dict:
 
 
 def _checked(folder: Path, names: Sequence[str], option: str) -> list[Path]:
-    """The files' paths; UserError tells of all that are missing, no arrays, or of another shape or type."""
-    if not os.path.isdir(folder):  # pathlib's raises where a name is too long
+    """The files' paths; UserError lists those missing, unreadable, or of the wrong shape or type."""
+    if not os.path.isdir(folder):  # pathlib's raises if a name is too long
         raise UserError(f"{option}: there is no folder {folder}", USAGE)
     paths, problems = [folder / f"{name}.npy" for name in names], []
     for path in paths:

@@ -1,9 +1,9 @@
 """The embedded data: small images drawn by code, so that the demo and the tests need no download.
 
-It has CIFAR-100's columns and shape of problem: 32x32 RGB, 20 coarse classes of 5 fine ones. A coarse class is a
-figure (five outlines, each filled, hollow, slit or cored), a fine class adds the texture it is painted with. Position,
-scale, rotation, colours, background, clutter, lighting and noise are nuisance: a model has to learn the figure and the
-texture, and one that knows figures already (from the coarse labels) has a head start on the fine ones.
+They have CIFAR-100's columns and structure: 32x32 RGB, 20 coarse classes of 5 fine ones. A coarse class is a figure
+(five outlines, each filled, hollow, slit or cored), and a fine class adds the texture it is painted with. Position,
+scale, rotation, colours, background, clutter, lighting and noise are nuisances: a model has to learn figure and
+texture, and one that already knows the figures (from the coarse labels) has a head start on the fine ones.
 """
 
 import io
@@ -18,7 +18,7 @@ TEXTURES = ("plain", "striped", "checked", "dotted", "ringed")
 COARSE_NAMES = [f"{structure}_{outline}" for outline in OUTLINES for structure in STRUCTURES]
 FINE_NAMES = [f"{texture}_{coarse}" for coarse in COARSE_NAMES for texture in TEXTURES]
 SIZE = 32
-CHUNK = 200  # rows are always drawn in these groups, so that row i has the same bytes however many are asked for
+CHUNK = 200  # rows are always drawn in groups of this size, so row i has the same bytes however many are drawn
 SEED = 542  # one dataset for everybody, like a published one; a run's own seed does not change it
 
 

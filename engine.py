@@ -1,6 +1,6 @@
-"""The loop: one epoch of training, one pass of validation. Takes what is prepared, gives numbers.
+"""The loop: one epoch of training, one pass of validation. Prepared objects in, numbers out.
 
-No files, no logging, no globals: whoever calls decides what to show, store and stop.
+No files, no logging, no globals: callers decide what to show and store, and when to stop.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ from metrics import IGNORED, Classification
 
 @dataclass
 class Step:
-    """One optimizer step. Its figures stay on the device until somebody reads them."""
+    """One optimizer step. Its tensors stay on the device until somebody reads them."""
 
     loss: Tensor  # mean over this process's share of the batch, in nats
     top1: Tensor  # accuracy on the same share, a fraction
-    images: int  # of the whole batch, all processes together
-    unapplied: Tensor  # updates left out so far: this one and all since the first loss that was not finite
+    images: int  # in the whole batch, over all processes
+    unapplied: Tensor  # updates skipped so far: all since the first non-finite loss, this one included
 
 
 def train_epoch(
@@ -35,41 +35,41 @@ def train_epoch(
     clip_norm: float | None = None,
     mix: Callable | None = None,
 ) -> Iterator[Step]:
-    """Train for one epoch and yield after each optimizer step; afterwards `metrics` has taken in the epoch's rows.
+    """Train for one epoch, yielding after each optimizer step, and add the epoch's rows to `metrics`.
 
-    A batch is this process's share of the global batch. It goes through the model in pieces of `micro_batch_size`
-    images whose gradients are accumulated; as the pieces are equal, the mean of their losses is the batch's loss.
+    A batch is this process's share of the global batch. It goes through the model in micro-batches of
+    `micro_batch_size` images, accumulating gradients; as these are equal, the mean of their losses is the batch's.
 
-    A loss that is not finite, on any process, is noted on the device: neither its update nor any later one is applied,
-    so the weights stay what they were, and nobody has to wait for the device to tell. The caller reads
-    `Step.unapplied` when it likes, and stops. What fp16's gradient scaler leaves out is not counted: there the loss
-    is finite, and only its scaled gradients are not.
+    A non-finite loss on any process sets a flag on the device: its update and all later ones are skipped, so the
+    weights keep their values, and the CPU need not wait for the device to find out. The caller reads
+    `Step.unapplied` when it likes, and stops. Updates skipped by fp16's gradient scaler are not counted: there the
+    loss is finite, and only the scaled gradients are not.
 
     Args:
-        model, loader, optimizer: prepared by `accelerator`, whose `gradient_accumulation_steps` is the pieces' number.
+        model, loader, optimizer: prepared by `accelerator`; its `gradient_accumulation_steps` counts the micro-batches.
         transform: uint8 (B, 3, H, W) to float32, augmented and normalised.
-        clip_norm: limit of the gradients' global L2 norm.
-        mix: what augment.mixing gives; mixes a piece's images.
+        clip_norm: limit on the gradients' global L2 norm.
+        mix: from augment.mixing; mixes the images of one micro-batch.
     """
     train_mode(model)
     bad = unapplied = torch.zeros((), device=accelerator.device)
     for batch in loader:
-        pieces = zip(batch["image"].split(micro_batch_size), batch["label"].split(micro_batch_size), strict=True)
-        done = []
-        for images, labels in pieces:
+        micro_batches = zip(batch["image"].split(micro_batch_size), batch["label"].split(micro_batch_size), strict=True)
+        parts = []
+        for images, labels in micro_batches:
             with accelerator.accumulate(model):
                 logits, losses = forward(model, transform(images), labels, mix)
                 loss = losses.mean()
                 bad = accelerator.reduce((~loss.isfinite()).float()).maximum(bad)
-                # Once it is bad it stays so, and a gradient that is no number makes fp16's scaler skip the step too.
+                # Once bad it stays bad, and NaN gradients make fp16's scaler skip the step, too.
                 accelerator.backward(loss * torch.where(bad > 0, torch.nan, 1.0))
                 if clip_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-                optimizer.optimizer.found_inf = bad.clamp(max=1)  # torch's fused optimizers leave the step out if 1
+                optimizer.optimizer.found_inf = bad.clamp(max=1)  # 1 makes torch's fused optimizers skip the step
                 optimizer.step()
                 optimizer.zero_grad()
-            done.append(metrics.reduce(logits, labels, losses))
-        losses, classes, labels = (torch.cat(part) for part in zip(*done, strict=True))
+            parts.append(metrics.reduce(logits, labels, losses))
+        losses, classes, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         metrics.add(losses, classes, labels)
         top1 = (classes[:, 0] == labels).float().mean()
         unapplied = unapplied + (bad > 0)
@@ -77,7 +77,7 @@ def train_epoch(
 
 
 def forward(model: nn.Module, images: Tensor, labels: Tensor, mix: Callable | None = None) -> tuple[Tensor, Tensor]:
-    """Logits (B, classes) of what the model sees, and the rows' losses (B,): of mixed images that of both labels."""
+    """Logits (B, classes) and row losses (B,); `mix` mixes the images first; the loss then weights both labels."""
     if mix is None:
         logits = model(images)
         return logits, row_losses(logits, labels)
@@ -97,23 +97,23 @@ def validate(
 ) -> dict[str, float]:
     """Loss (nats), top-1 and top-5 (fractions) over every row of the loader, each exactly once.
 
-    Batches go through the model in pieces of `micro_batch_size` images, like those of training: what fits there fits.
-    `model` is the prepared one: unwrapped copies can hold different batch-norm statistics on different processes.
+    Batches go through the model in micro-batches, as in training: what fits there fits here.
+    `model` must be prepared: unwrapped copies can hold different batch-norm statistics on different processes.
     """
     model.eval()
     metrics = Classification()
     for batch in loader:
         logits = torch.cat([model(transform(images)) for images in batch["image"].split(micro_batch_size)])
         losses = row_losses(logits, batch["label"])
-        # Batch by batch, because the last one is padded so that all processes have equally much.
+        # Gathering per batch drops the rows that pad the last one to the same size everywhere.
         metrics.add(*accelerator.gather_for_metrics(metrics.reduce(logits, batch["label"], losses)))
     return metrics.compute()
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode for what trains; what is frozen stays in evaluation mode.
+    """Training mode for trainable modules; frozen ones stay in evaluation mode.
 
-    Otherwise `model.train()` lets the batch-norm statistics of frozen layers drift and switches their dropout on.
+    `model.train()` alone would let frozen layers' batch-norm statistics drift and switch on their dropout.
     """
     model.train()
     for module in model.modules():
@@ -123,16 +123,16 @@ def train_mode(model: nn.Module) -> None:
 
 
 def bare(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The model inside what `prepare` put around it: DDP, or torch.compile's module (accelerate's --dynamo_backend)."""
+    """The model without `prepare`'s wrappers: DDP, or torch.compile's module (accelerate's --dynamo_backend)."""
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """The bare model, as it was before `prepare` and ready to be prepared afresh; the Accelerator forgets the rest.
+    """The bare model as it was before `prepare`, ready to be prepared again; the Accelerator forgets the rest.
 
-    Accelerate puts its autocasting forward on the model itself and marks it as prepared. With the forward gone and the
-    mark left, which is what `unwrap_model(keep_fp32_wrapper=False)` does, the next `prepare` would hand the model
-    back as it is, and the next phase would silently train in fp32.
+    Accelerate sets its autocasting forward on the model itself and marks the model as prepared.
+    `unwrap_model(keep_fp32_wrapper=False)` would remove the forward but leave the mark: the next `prepare` would
+    return the model unchanged, and the next phase would silently train in fp32.
     """
     model = bare(accelerator, model)
     for name in ("forward", "_original_forward", "_is_accelerate_prepared"):

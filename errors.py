@@ -1,4 +1,4 @@
-"""The one kind of error a user is shown: a sentence that names what is wrong and the way on, never a traceback."""
+"""The only kind of error a user sees: a sentence that says what is wrong and what to do, never a traceback."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ RUN = 1  # the run itself failed: data, weights, the machine
 
 
 class UserError(Exception):
-    """A mistake that the user can mend, in one line.
+    """A mistake that the user can fix, in one line.
 
     Args:
         exit_code: `USAGE` (2) or `RUN` (1).
-        shared: every process of the run meets this very error, so that one voice is enough.
+        shared: every process of the run has this same error, so only one reports it.
     """
 
     prefix = "error: "
@@ -28,7 +28,7 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """The run was asked to stop by a signal. Its exit code is 128 + the signal's number, as a shell would give it."""
+    """A signal asked the run to stop. The exit code is 128 + the signal's number, as in a shell."""
 
     prefix = ""
 
@@ -40,36 +40,36 @@ class Interrupted(UserError):
 def reported():
     """Around a command: a `UserError` becomes one line on stderr and its exit code; Ctrl-C becomes 130.
 
-    Letters that the terminal's encoding lacks are written as their numbers. Where the reader of the output has gone, as
-    `| head` goes when it has seen enough, the command ends without a word with 141, as a shell would give it.
+    Characters that the terminal's encoding lacks are escaped. If the reader of the output has gone, as `| head` goes
+    when it has seen enough, the command ends silently with 141, as in a shell.
     """
-    sys.excepthook = _unless_interrupted  # libraries are imported between two of these, which takes seconds
+    sys.excepthook = _unless_interrupted  # covers the imports between two of these, which take seconds
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is by itself
+        sys.stdout.reconfigure(errors="backslashreplace")  # stderr's default
     try:
         yield
         print(end="", flush=True)
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or not error.shared:
-            # An error from a loader's worker arrives as text that ends with the original one, below its traceback.
+            # An error from a loader's worker arrives as a traceback's text, with the original message at its end.
             text = str(error).rpartition("UserError: ")[2].strip()
             print(f"[rank {rank}] " * (rank > 0) + error.prefix + text, file=sys.stderr, flush=True)
-        # Loaders that the traceback holds would keep their workers alive until the very end of the interpreter.
+        # Loaders that the traceback holds would keep their workers alive until the interpreter exits.
         traceback.clear_frames(error.__traceback__)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        if not _output_is_unread():  # a run has other pipes
+        if not _output_is_unread():  # another pipe broke
             raise
-        # What is still to be written would fail once more at the interpreter's end.
+        # Flushing the rest when the interpreter exits would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
 def _unless_interrupted(kind, error, trace) -> None:
-    """Python's own way to show an error, but for Ctrl-C, whose exit code says enough."""
+    """Python's own excepthook, but silent on Ctrl-C, whose exit code says enough."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
 
@@ -78,12 +78,12 @@ def _output_is_unread() -> bool:
     """Whether stdout is a pipe whose reader has gone."""
     try:
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # errors are always told
+        poll.register(sys.stdout.fileno(), 0)  # errors need no flag
         return bool(poll.poll(0))
-    except (AttributeError, OSError):  # no such thing on this system; no stdout, or none of the system's
+    except (AttributeError, OSError):  # no poll on this system; no stdout, or one without a descriptor
         return False
 
 
 def first_line(error: Exception) -> str:
-    """What a library's error says, without what follows its first line."""
+    """The first line of a library's error; its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What can befall a run that is set up rightly: memory, disk, a worker, a process is gone. Told in a sentence each."""
+"""What can go wrong in a valid run: memory or disk full, a worker or process dead. Each is explained in a sentence."""
 
 import contextlib
 import copy
@@ -24,20 +24,20 @@ from processes import max_over_processes
 def explained(
     resume_hint: str, accelerator: Accelerator, micro_batch_size: int, run: Path | None = None, resumed: bool = False
 ):
-    """Turn the libraries' errors for such faults into a `UserError` that says what to do; let all others pass.
+    """Turn libraries' errors for such faults into a `UserError` that says what to do; let all others pass.
 
     Args:
         resume_hint: how to continue, for the message.
-        run: the run's folder; None if nothing is trained. The folder of a new run that fails before its first
-            checkpoint is removed, so that there is nothing to resume; the process that failed may have removed it
-            already when the others notice that it is gone.
+        run: the run's folder; None if nothing is trained. If a new run fails before its first checkpoint, the
+            folder is removed, so there is nothing to resume; the process that failed may have removed it before the
+            others notice the failure.
         resumed: whether the run was resumed.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # each library has its own type, or none: most are a RuntimeError with a text
+    except Exception as error:  # each library has its own type, or just a RuntimeError with a message
         text, begun = str(error), run is None or resumed or checkpoint.begun(run)
         resume_hint = resume_hint if begun else "start again"
         if out_of_memory(error):
@@ -75,27 +75,27 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory did not suffice: those that Accelerate knows, and oneDNN's on a CPU."""
+    """Whether an error means out of memory: those that Accelerate knows, and oneDNN's on a CPU."""
     return should_reduce_batch_size(error) or "could not create a primitive" in str(error)
 
 
 def fitting_micro_batch(
     accelerator: Accelerator, config: Config, model: nn.Module, transform: nn.Module, size: tuple[int, int], share: int
 ) -> int:
-    """A micro-batch whose step fits in every phase: a process's share of the batch, or what halving it comes to.
+    """A micro-batch size whose step fits in every phase: a process's share of the batch, halved until it fits.
 
-    Tried on a copy of the model, which is thrown away with everything that was drawn and computed. The processes don't
-    talk to each other within a try, and agree after it.
+    Each try uses a copy of the model, and throws it away with everything drawn and computed. Processes don't
+    communicate during a try, but agree after it.
 
     Args:
-        transform: uint8 (B, 3, H, W) to what the model sees.
-        size: height and width in pixels of what the model sees.
+        transform: uint8 (B, 3, H, W) to the model's input.
+        size: height and width in pixels of the model's input.
         share: images per process and step.
 
     Raises:
         UserError: not even one image fits.
     """
-    tried, least = share, 1 if config.augment.mix == "none" else 2  # which an image is mixed with
+    tried, least = share, 1 if config.augment.mix == "none" else 2  # mixing needs two images
 
     def smaller() -> int:
         nonlocal tried
@@ -113,7 +113,7 @@ def fitting_micro_batch(
                 raise UserError(f"data.micro_batch_size: with 1 image that would fit {first_line(raised)}") from raised
             if not out_of_memory(raised):
                 raise
-            error = raised.with_traceback(None)  # which holds the tensors that did not fit
+            error = raised.with_traceback(None)  # the traceback holds the tensors
         if max_over_processes(accelerator, error is not None):
             raise torch.OutOfMemoryError("it is out of memory. (here, or on another process)") from error
         return micro_batch_size
@@ -121,7 +121,7 @@ def fitting_micro_batch(
     try:
         fitting = fit()
         if accelerator.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # what the history tells is the training's own peak
+            torch.cuda.reset_peak_memory_stats()  # the history records the training's own peak
         return fitting
     except RuntimeError as error:
         if "reached zero" not in str(error):
@@ -140,7 +140,7 @@ def _try_step(accelerator: Accelerator, model: nn.Module, phase, transform: nn.M
         train_mode(trial)
         optimizer = make_optimizer(phase, trial)
         images = transform(torch.zeros(shape, dtype=torch.uint8, device=accelerator.device))
-        for _ in range(2):  # in the second the optimizer's state is there, too
+        for _ in range(2):  # the second step has the optimizer's state, too
             with accelerator.autocast():
                 loss = trial(images).float().logsumexp(1).mean()
             loss.backward()

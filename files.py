@@ -1,4 +1,4 @@
-"""Files that are whole or as they were, whatever happens meanwhile."""
+"""Files that are written whole or not at all, whatever happens."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ def to_disk(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file's content, so that it is the old or the new one whatever happens."""
+    """Replace a text file's content: whatever happens, the file holds the old or the new."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Frozen convolutions with their batch norms folded in: the same outputs for less work, as long as a phase lasts.
+"""Fold batch norms into the frozen convolutions before them: the same outputs for less work, during one phase.
 
-A batch norm in evaluation mode is a linear map of each channel, and so can be part of the convolution before it. The
-folded weights are copies, in the precision that the convolutions compute in; parameters, buffers and their names stay
-what they were, so that checkpoints know nothing of this.
+A batch norm in evaluation mode is a linear map of each channel, so the convolution before it can absorb it. The folded
+weights are copies, in the precision that the convolutions compute in; parameters, buffers and their names stay the
+same, so checkpoints are not affected.
 """
 
 import torch
@@ -12,11 +12,11 @@ from torch.nn.utils import fuse_conv_bn_weights
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
-SAME = 1e-2  # relative difference of features: rounding (a GPU's TF32 included) stays below, another network does not
+SAME = 1e-2  # relative difference of features: rounding (a GPU's TF32 included) stays below, a wrong fold does not
 
 
 class _FoldedConv:
-    """The forward of a convolution whose batch norm is part of its weights."""
+    """The forward of a convolution with its batch norm folded in."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
         self.conv = conv
@@ -32,7 +32,7 @@ class _FoldedConv:
 
 
 class _PassedNorm:
-    """The forward of a batch norm that is done already; timm's have an activation besides."""
+    """The forward of a batch norm that was folded; timm's dropout and activation remain."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         self.rest = (norm.drop, norm.act) if isinstance(norm, (BatchNormAct2d, SyncBatchNormAct)) else ()
@@ -45,16 +45,16 @@ class _PassedNorm:
 
 @torch.no_grad()
 def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
-    """Fold each frozen batch norm that follows a frozen convolution into it; `unfold` undoes it.
+    """Fold each frozen batch norm into the frozen convolution it follows; `unfold` undoes it.
 
-    Which follows which is seen in a forward pass of two images of noise. If the model's features are no longer the same
-    afterwards, since some convolution's output goes elsewhere too, everything stays as it was.
+    A forward pass of two noise images shows which follows which. If folding changes the model's features, because some
+    convolution's output is used elsewhere too, it is undone.
 
     Args:
-        model: an unwrapped model of timm's kind, with weights loaded and frozen as the phase wants it. Left in
-            evaluation mode.
-        size: height and width in pixels of what the model sees.
-        mixed_precision: Accelerate's name of it: no, bf16 or fp16.
+        model: an unwrapped timm-style model, with weights loaded and frozen as the phase wants it. Left in evaluation
+            mode.
+        size: height and width in pixels of the model's input.
+        mixed_precision: Accelerate's name for it: no, bf16 or fp16.
 
     Returns:
         The number of batch norms that were folded.
@@ -69,7 +69,7 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
     device = next(model.parameters()).device
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
-    made_by, pairs = {}, []  # made_by holds the outputs, too: an address is theirs as long as they live
+    made_by, pairs = {}, []  # made_by keeps the outputs alive, too, so that their ids stay unique
     hooks = [conv.register_forward_hook(lambda conv, _, out: made_by.update({id(out): (conv, out)})) for conv in convs]
     hooks += [
         norm.register_forward_pre_hook(lambda norm, given: pairs.append((made_by.get(id(given[0])), norm)))
@@ -79,7 +79,7 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
     for hook in hooks:
         hook.remove()
     pairs = [(made[0], norm) for made, norm in pairs if made]
-    if len(dict(pairs)) < len(pairs):  # a convolution that is used twice
+    if len(dict(pairs)) < len(pairs):  # a convolution is used twice
         return 0
 
     for conv, norm in pairs:
@@ -96,7 +96,7 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
 
 
 def unfold(model: nn.Module) -> None:
-    """Give the modules of an unwrapped model their own forward back."""
+    """Restore the own forwards of an unwrapped model's modules."""
     for module in model.modules():
         if isinstance(vars(module).get("forward"), (_FoldedConv, _PassedNorm)):
             del module.forward

@@ -1,7 +1,7 @@
-"""CUDA graphs: the work of a step, recorded once and then replayed, instead of launched by Python kernel by kernel.
+"""CUDA graphs: record a step's work once and replay it, instead of launching it from Python kernel by kernel.
 
-On small images a GPU has computed a kernel sooner than Python has launched the next one, and mostly waits. A recorded
-sequence of kernels is launched as one. It computes what the kernels computed, and draws new random numbers each time.
+On small images a GPU finishes a kernel before Python has launched the next one, and mostly waits. A recorded sequence
+of kernels is launched as one. It computes the same as the kernels, and draws new random numbers each time.
 """
 
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from errors import UserError, first_line
 
 
 class Replayed:
-    """A function of a batch of images on a GPU, recorded when it is first called.
+    """A function of a batch of images on a GPU, recorded on its first call.
 
-    Batches of another shape go through the function itself. What is given back is overwritten by the next call.
+    Batches of another shape go through the function itself. The next call overwrites the tensor returned.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
@@ -41,22 +41,21 @@ class Replayed:
         self.given, aside = images.clone(), torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            for _ in range(3):  # what libraries set up at first must not be recorded
+            for _ in range(3):  # the libraries' initial setup must not be recorded
                 self.function(self.given)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads, which pin the loader's batches, may go on meanwhile.
+        # thread_local lets other threads go on pinning the loader's batches.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.made = self.function(self.given)
         torch.cuda.set_rng_state(random_state, images.device)  # as if nothing had been drawn
 
 
 def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Record the forward and the backward pass of a prepared model's training mode, until `engine.unwrap`.
+    """Record the forward and backward pass of a prepared model in training mode, until `engine.unwrap`.
 
-    Weights, buffers and random state are afterwards what they were. Left as it is, on a CPU and elsewhere: DDP, which
-    hooks into the backward pass; accumulated gradients, as a replay writes each where the last one was; and a model
-    that torch.compile has.
+    Weights, buffers and random state stay as they were. Nothing is recorded without CUDA; with DDP, which hooks into
+    the backward pass; with gradient accumulation, as a replay overwrites the last gradients; or with torch.compile.
 
     Args:
         shape: (B, 3, H, W) of all training batches.
@@ -65,8 +64,8 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
         Whether it was recorded.
 
     Raises:
-        UserError: it can't be, mostly since in the middle of it something has to be known on the CPU.
-        RuntimeError: memory does not suffice.
+        UserError: it can't be recorded, mostly because a step needs some value on the CPU midway.
+        RuntimeError: out of memory.
     """
     if (
         accelerator.device.type != "cuda"
@@ -79,11 +78,11 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     engine.train_mode(model)
     images = torch.zeros(shape, device=accelerator.device).contiguous(memory_format=torch.channels_last)
-    # Gradients are added up on the stream that is recorded on, which torch remarks on and waits for in each step.
+    # Gradients accumulate on the recording stream, which torch warns about and waits for in each step.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
-    except (RuntimeError, AssertionError) as error:  # a recording that broke off leaves random numbers unusable
+    except (RuntimeError, AssertionError) as error:  # a failed recording leaves random numbers unusable
         if any(it is not None and faults.out_of_memory(it) for it in (error, error.__context__)):
             raise
         raise UserError(

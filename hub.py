@@ -1,11 +1,11 @@
-"""Is the hub needed, and can it be reached? Asked once, before anything heavy is imported. And patience with it later.
+"""Is the hub needed, and can it be reached? Asked once, before anything heavy is imported. Later, patient retries.
 
-Left to themselves the libraries retry for over a minute before they give up, one after the other. One look at the
-hub's door answers for all of them: if nobody opens, they are told to work offline (`HF_HUB_OFFLINE` is read when they
-are imported), find what is already in this machine's cache, or fail at once.
+Left to themselves, the libraries retry one after the other, each for over a minute, before they give up. One request
+here answers for all: if the hub is silent, they are set offline (they read `HF_HUB_OFFLINE` when imported), and find
+what is already in this machine's cache, or fail at once.
 
-A stream asks the hub again in every epoch, for hours. `persist` gives all its requests one rule: asked again until the
-hub answers, and one clear error if it stays away.
+A stream sends requests to the hub in every epoch, for hours. `persist` gives them all one rule: retry until the hub
+answers, and raise one clear error if it does not.
 """
 
 import http.client
@@ -23,22 +23,22 @@ from errors import UserError
 from text import PASSWORD
 
 PATIENCE = 3  # seconds; a working hub answers in well under one
-LOST_AFTER = 120  # seconds that one request is asked again for; a network that is down for a minute ends no run
-LONGEST_WAIT = 300  # seconds, of those that the hub itself asks for: the window of its rate limits
+LOST_AFTER = 120  # seconds to retry a request for; a network that is down for a minute ends no run
+LONGEST_WAIT = 300  # seconds; cap on the waits that the hub asks for: the window of its rate limits
 
 
 def endpoint() -> str:
-    """The hub's address, without a user and password: it is shown, and asked only whether it answers."""
+    """The hub's address, without user and password: it is only shown, and probed for an answer."""
     return PASSWORD.sub("", os.environ.get("HF_ENDPOINT", "https://huggingface.co")).rstrip("/")
 
 
 def offline() -> bool:
-    """Whether the libraries have been told to use the cache alone, by the user or by `check`."""
+    """Whether the libraries are set to use only the cache, by the user or by `check`."""
     return _says_yes(os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE"))
 
 
 def data_offline() -> bool:
-    """The same of `datasets`, which has a word of its own for it."""
+    """The same for `datasets`, which has a variable of its own."""
     own = os.environ.get("HF_DATASETS_OFFLINE")
     return offline() if own is None else _says_yes(own)
 
@@ -48,10 +48,10 @@ def _says_yes(value: str | None) -> bool:
 
 
 def check(config: Config, resume: Path | None = None) -> None:
-    """Go offline, with a line that says so, if this run wants something from the hub and the hub does not answer.
+    """Go offline, with a line that says so, if this run needs something from the hub and the hub does not answer.
 
     Raises:
-        UserError: it does not answer, and a look at the cache's folders shows that what is wanted can't be there.
+        UserError: it does not answer, and the cache's folders show that what is needed can't be there.
     """
     wants_data, wants_weights = config.data.kind == "hub", config.model.pretrained and not config.model.weights
     wants_weights = wants_weights and not (resume and any(resume.glob("checkpoints/[0-9]*")))  # it has its own
@@ -77,7 +77,7 @@ def _folder(variable: str, otherwise: Path) -> Path:
 
 
 def unreachable(wanted: str) -> UserError:
-    """The error for something that is neither in the cache nor to be had."""
+    """The error for something that is not in the cache and can't be downloaded."""
     return UserError(
         f"the hub ({endpoint()}) can't be reached, and {wanted} is not in this machine's cache. Ways on: connect; or "
         "use local data (--data.source FOLDER) and local weights (--model.weights FILE.safetensors), or train from "
@@ -86,19 +86,19 @@ def unreachable(wanted: str) -> UserError:
 
 
 def persist() -> None:
-    """Have each request for data on the hub repeated until it is answered in full, for up to `LOST_AFTER` seconds.
+    """Retry each request for data on the hub until it is answered in full, for up to `LOST_AFTER` seconds.
 
-    The libraries repeat many of theirs, but not all: an epoch of a stream begins with a question that a single 503
-    ends in a traceback, and with one that waits for ever. Where they do repeat, their loops are nested, which comes to
-    anything from 20 seconds to half an hour. This is below them all and leaves them nothing to repeat.
+    The libraries retry many requests, but not all: each epoch of a stream begins with one that a single 503 ends in a
+    traceback, and with one that waits for ever. Where they do retry, their loops are nested and take anything from 20
+    seconds to half an hour. This works below them all and leaves them nothing to retry.
     """
-    from huggingface_hub import constants, set_client_factory  # not above: they read their environment when imported
+    from huggingface_hub import constants, set_client_factory  # not above: it reads the environment when imported
     from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
     class Persistent(httpx.Client):
         def send(self, request, *, stream=False, **options):
-            # Only what a stream can't go on without. HEAD asks whether a cached file is the newest: if not answered,
-            # the cache is used; and other addresses are of services that the libraries do without.
+            # Retry only what a stream can't do without. HEAD asks whether a cached file is the newest: unanswered, the
+            # cache is used. Other addresses are of services that the libraries can do without.
             if request.method == "HEAD" or not re.search("/resolve/|/api/datasets/", request.url.path):
                 return super().send(request, stream=stream, **options)
             request.extensions["timeout"] = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
@@ -112,7 +112,7 @@ def persist() -> None:
                         return response
                     response.close()
                     told = told_wait(response.headers)
-                except httpx.TransportError as error:  # refused, reset, silent, or less than the length announced
+                except httpx.TransportError as error:  # refused, reset, silent, or shorter than announced
                     problem = str(error) or type(error).__name__
                 if time.monotonic() > deadline:
                     raise lost(problem)
@@ -129,7 +129,7 @@ def persist() -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
         if asked and response.is_success and not stream:
             size, came = int(asked[2]) - int(asked[1]) + 1, len(response.content)
-            if came != size:  # cut off on the way, by something that then announced the rest as if it were the whole
+            if came != size:  # cut off on the way, by something that announced the shorter length as the whole
                 return f"{came} bytes of {size}"
         return None
 
@@ -152,7 +152,7 @@ def lost(problem: str) -> UserError:
 
 
 def _answers() -> bool:
-    """Any HTTP answer counts. In a thread of its own, since a name look-up keeps no time limit."""
+    """Any HTTP answer counts. In a thread of its own, since a DNS look-up ignores the timeout."""
     answered = threading.Event()
 
     def look():

@@ -1,4 +1,4 @@
-"""What a trained model says of images: one path, wherever they come from and whatever is made of the answers."""
+"""Inference with a trained model: one code path for every source of images and every use of the predictions."""
 
 import dataclasses
 import json
@@ -23,35 +23,34 @@ from errors import UserError
 from metrics import IGNORED
 from processes import no_bar
 
-TOP = 5  # classes that are told of each image, if there are as many
-SHIFT = 1 / 16  # of the image's side, by which --tta shifts moves it each way: 2 pixels of 32
+TOP = 5  # classes kept per image, if there are that many
+SHIFT = 1 / 16  # fraction of the side by which --tta shifts moves an image: 2 pixels of 32
 
 
 @dataclass
 class Predicted:
-    """What the model says of B images, from all processes, on the CPU. K = min(5, classes).
+    """Predictions for B images, gathered from all processes, on the CPU. K = min(5, classes).
 
-    The images themselves stay where they were loaded: `images` are this process's, and `own` tells which of the rows
-    they are.
+    The images themselves are not gathered: `images` holds only this process's, and `own` their rows.
     """
 
     labels: Tensor  # int64 (B,); IGNORED where an image could not be decoded
     losses: Tensor  # (B,), nats
-    classes: Tensor  # int64 (B, K), likeliest first
+    classes: Tensor  # int64 (B, K), most likely first
     probabilities: Tensor  # (B, K)
     images: Tensor  # uint8 (len(own), 3, H, W)
     own: range
 
 
 class Classifier:
-    """A run's best weights, with the classes, the image size and the normalisation that they were trained with.
+    """A run's best weights, with the classes, image size and normalisation they were trained with.
 
-    Every process makes one, and calls it. `config` is the run's with the size that images have to be brought to;
-    `epochs` tells how many the run had finished (None: nobody knows).
+    Every process creates one and calls it. `config` is the run's, with the size to resize images to; `epochs` is the
+    number of epochs the run had finished (None: unknown).
 
     Args:
-        tta: average each image's probabilities over views: 'flips' (itself and its mirror image) or 'shifts' (these
-            two, and each of them moved a little to the upper left and to the lower right); None: itself.
+        tta: average probabilities over views of each image: 'flips' (the image and its mirror image) or 'shifts' (both,
+            and each moved slightly to the upper left and to the lower right); None: the image alone.
 
     Raises:
         UserError: best/ is damaged, or does not fit the run's configuration.
@@ -68,17 +67,17 @@ class Classifier:
         best = dataclasses.replace(config.model, pretrained=False, weights=str(run / "best"))
         model, _ = models.create(best, self.class_names, self.size)
         try:
-            checkpoint.load_best(model, run)  # strictly, as no head may be replaced here
+            checkpoint.load_best(model, run)  # strict: no head is replaced here
         except RuntimeError as error:
             raise UserError(f"{run}/best is damaged: its weights and its config.json do not fit ({error})") from error
         model = launch.suited(model, accelerator.device)
         _, self.transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
-        # A running run may have replaced best/ between two processes' reading.
+        # Training may have replaced best/ between two processes' reads.
         broadcast([tensor.detach() for tensor in self.model.state_dict().values()])
 
     def labels_of(self, class_names: list[str], source: str) -> Tensor:
-        """Which of this model's classes each class of some data is; IGNORED, which is -1, stays what it is.
+        """Map the data's class indices to this model's, by class name; IGNORED (-1) maps to itself.
 
         Raises:
             UserError: the data have a class that the model does not know.
@@ -99,7 +98,7 @@ class Classifier:
         Args:
             loader: not yet prepared; batches of `image` uint8 (B, 3, H, W) and `label` (B,).
             total: images in it, None if unknown.
-            labels_of: from the loader's labels to the model's, as the method of that name gives it.
+            labels_of: map from the loader's labels to the model's, from the method of that name.
         """
         accelerator = self.accelerator
         self.model.eval()
@@ -110,7 +109,7 @@ class Classifier:
                 labels = batch["label"] if labels_of is None else labels_of.to(accelerator.device)[batch["label"]]
                 losses = F.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="none")
                 top = log_probabilities.topk(min(TOP, log_probabilities.shape[1]))
-                # Batch by batch, because the last one is padded so that all processes have equally much.
+                # Gather batch by batch: the last one is padded to give all processes equal shares.
                 gathered = accelerator.gather_for_metrics((labels, losses, top.indices, top.values.exp()))
                 rows = len(gathered[0])
                 first = accelerator.process_index * len(labels)
@@ -119,9 +118,9 @@ class Classifier:
                 yield Predicted(*(part.cpu() for part in gathered), batch["image"][: len(own)].cpu(), own)
 
     def _log_probabilities(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to the logarithm of the views' mean probabilities (B, classes)."""
+        """Log of the views' mean probabilities (B, classes), for uint8 images (B, 3, H, W)."""
         images = self.transform(images)
-        if images.shape[2:] != self.size:  # what is not square is not resized, neither here nor in training
+        if images.shape[2:] != self.size:  # non-square images are never resized, as in training
             (height, width), (found_height, found_width) = self.size, images.shape[2:]
             raise UserError(
                 f"images of {found_width}x{found_height} pixels: this run's model takes {width}x{height}, and only to "
@@ -133,7 +132,7 @@ class Classifier:
 
 
 def views(images: Tensor, tta: str | None) -> list[Tensor]:
-    """The views of normalised images (B, 3, H, W) whose probabilities are averaged; what is moved in is mirrored."""
+    """The views of normalised images (B, 3, H, W) to average over; moved ones are padded by reflection."""
     shown = [images] if tta is None else [images, images.flip(3)]
     if tta == "shifts":
         down, right = (max(1, round(SHIFT * side)) for side in images.shape[2:])
@@ -148,7 +147,7 @@ def views(images: Tensor, tta: str | None) -> list[Tensor]:
 
 
 def described(run: Path) -> tuple[list[str], tuple[int, int]]:
-    """Class names, and height and width in pixels of what the model sees, as a run's best/ says it.
+    """Class names, and the model's input size (height, width) in pixels, from a run's best/.
 
     Raises:
         UserError: its config.json is damaged.

@@ -1,7 +1,7 @@
-"""SIGTERM, SIGINT (Ctrl-C), SIGUSR1 as a wish to stop: noted at once, obeyed after a step, when the run can be saved.
+"""SIGTERM, SIGINT (Ctrl-C), SIGUSR1 as requests to stop: noted at once, obeyed after a step, when a run can be saved.
 
-A launcher that is gone counts as SIGTERM: `accelerate launch` passes no signal on, and who ends it alone does not want
-its training to go on unseen.
+A dead launcher counts as SIGTERM: `accelerate launch` passes no signal on, and whoever kills it alone does not want
+training to continue unseen.
 """
 
 import os
@@ -16,12 +16,12 @@ from errors import Interrupted
 from processes import max_over_processes
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-AGREE_EVERY = 20  # steps after which several processes look whether one of them has got a signal
+AGREE_EVERY = 20  # with several processes, steps between checks whether any got a signal
 DOUBLED = 2  # seconds within which a second Ctrl-C is taken for the launcher's copy of the first
 
 
 class Interrupt:
-    """A context in which the signals are noted; `check` raises `Interrupted` when one has come.
+    """A context that notes the signals; `check` raises `Interrupted` once one has come.
 
     Args:
         resume_hint: what to do next, for the message.
@@ -30,7 +30,7 @@ class Interrupt:
     def __init__(self, accelerator: Accelerator, resume_hint: str):
         self.accelerator, self.resume_hint = accelerator, resume_hint
         self.number, self.noted, self.checks = 0, 0.0, 0
-        # Variables that nobody sets by hand, as ACCELERATE_MIXED_PRECISION is.
+        # Nobody sets these by hand, unlike ACCELERATE_MIXED_PRECISION.
         launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         self.launcher = os.getppid() if launched else None
 
@@ -51,7 +51,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Once per step, on every process: raise `Interrupted`, on all at the same step, if one has got a signal."""
+        """Once per step, on every process: raise `Interrupted`, on all at the same step, if any got a signal."""
         if self.launcher and os.getppid() != self.launcher:
             self.number = self.number or signal.SIGTERM
         self.checks += 1
@@ -62,7 +62,7 @@ class Interrupt:
             raise Interrupted(f"stopped by {signal.Signals(number).name}; {self.resume_hint}", number)
 
     def watch(self, batches) -> Iterator:
-        """Pass batches on, checking before each."""
+        """Yield batches, checking before each."""
         for batch in batches:
             self.check()
             yield batch

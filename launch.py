@@ -1,4 +1,4 @@
-"""The Accelerator, and what to check about how we were launched before anything is trained on it."""
+"""Make the Accelerator, and check how we were launched before anything is trained on it."""
 
 import contextlib
 import ctypes
@@ -22,21 +22,21 @@ from errors import USAGE, Interrupted, UserError
 from folding import PRECISIONS
 from processes import cores_per_process
 
-SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # that Accelerate is told of by the environment
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # asked for by ACCELERATE_USE_* variables
 
 
 def make_accelerator(config: Config, precision: str | None = None) -> Accelerator:
-    """The Accelerator of this run: devices and processes, and precision if not given, are as `accelerate launch` says.
+    """This run's Accelerator. `accelerate launch` sets the devices, the processes and, unless given, the precision.
 
     Raises:
-        UserError: a launch that would train something else than it says.
+        UserError: the run would not train as it was asked to.
     """
     _check_launched_as_meant()
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with="wandb" if config.tracking == "wandb" else None,
         kwargs_handlers=[_waiting(config.timeout_minutes)],
-        # The loop cuts each batch into equal pieces itself, so an epoch's end needs no special treatment.
+        # The loop splits batches into equal pieces itself, so an epoch's end needs no special treatment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         # A seedable sampler gives the same order again after a restart.
         dataloader_config=DataLoaderConfiguration(
@@ -54,12 +54,12 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     if kind == "cpu" and accelerator.mixed_precision == "fp16":
         raise UserError("fp16 does nothing on a CPU; use --mixed_precision bf16, or no", USAGE)
     on_gpu = kind == "cuda"
-    able = {"sync_batch_norm": on_gpu, "tf32": on_gpu and torch.cuda.get_device_capability() >= (8, 0)}
+    able = {"sync_batch_norm": on_gpu, "tf32": on_gpu and has_tf32()}
     for option, can_be_had in able.items():
         if getattr(config, option) and not can_be_had:
             raise UserError(f"{option}: there is no such thing on this device ({kind}); leave it out", USAGE)
     if on_gpu:
-        if accelerator.device.index is not None:  # where ACCELERATE_TORCH_DEVICE chose, it is not the current one
+        if accelerator.device.index is not None:  # a device from ACCELERATE_TORCH_DEVICE is not yet current
             torch.cuda.set_device(accelerator.device)
         # torch's own default is TF32 in convolutions and not in matrix products.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
@@ -67,26 +67,26 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
         torch.set_num_threads(cores_per_process())
     if kind == "cpu":
-        # Of a 1x1 convolution on channels_last images, whose gradient is laid out otherwise and equal all the same.
+        # From 1x1 convolutions on channels_last images: their gradients' layout differs, their values do not.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return accelerator
 
 
 def _waiting(minutes: float) -> InitProcessGroupKwargs:
-    """How long processes wait for one another. Accelerate hands on what differs from its own default, 10 minutes."""
+    """How long processes wait for each other. Accelerate ignores its default, 10 minutes: hence the microsecond."""
     return InitProcessGroupKwargs(timeout=timedelta(minutes=minutes, microseconds=1))
 
 
 def dispatch(accelerator: Accelerator, streamed: bool) -> None:
-    """Say of loaders prepared from here on whether the main process hands out their batches, or each reads its own."""
+    """Choose whether the main process dispatches batches of loaders prepared from now on, or each reads its own."""
     accelerator.dataloader_config.dispatch_batches = streamed or None
 
 
 def _check_launched_as_meant() -> None:
-    """UserError if the launcher was asked for what the loop does not know; or for several processes, and made one.
+    """UserError if the launcher was asked for what the loop can't do, or for several processes but started one.
 
-    accelerate launch does the latter for `--cpu --num_processes 2` and the like, and does not say so. It then names the
-    address where processes meet, but numbers none.
+    accelerate launch silently does the latter for `--cpu --num_processes 2` and the like. It then sets the address
+    where processes meet, but no world size.
     """
     env = os.environ
     unknown = [name for name in SHARDING if env.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")]
@@ -108,7 +108,7 @@ def _check_launched_as_meant() -> None:
 
 
 def _several(processes: int | str) -> str:
-    """How that many processes are launched."""
+    """How to launch that many processes."""
     on_cpu = f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {processes} train.py"
     if not torch.cuda.is_available():
         return f"torch finds no GPU here; on a CPU: {on_cpu} (or torchrun, with the same variable)"
@@ -116,7 +116,7 @@ def _several(processes: int | str) -> str:
 
 
 def command(processes: int, precision: str, device_type: str, machines: int = 1) -> str:
-    """What starts train.py on so many processes, in that precision, on that kind of device."""
+    """The command that starts train.py with these processes, precision and device type."""
     words = ["ACCELERATE_USE_CPU=true"] if device_type == "cpu" and processes > 1 else []
     words += ["accelerate launch"]
     if processes > 1:
@@ -129,7 +129,7 @@ def command(processes: int, precision: str, device_type: str, machines: int = 1)
 
 
 def resume_hint(accelerator: Accelerator, run: object) -> str:
-    """How this run is gone on with, as it was launched."""
+    """How to resume this run, launched as it was."""
     processes = accelerator.num_processes
     machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     started = command(processes, accelerator.mixed_precision, accelerator.device.type, machines)
@@ -138,33 +138,33 @@ def resume_hint(accelerator: Accelerator, run: object) -> str:
 
 @contextlib.contextmanager
 def ended(accelerator: Accelerator):
-    """Around everything: processes that have come to their end leave together, and only then.
+    """Wrap the whole run: processes that reach its end leave together; failed ones don't wait.
 
-    A process that still holds gloo's connections at its end is aborted now and then, after all work is done.
+    A process that exits while it holds gloo's connections is sometimes aborted, after all work is done.
     """
     try:
         yield
-    except Interrupted:  # which all processes are, at the same step
+    except Interrupted:  # raised on all processes, at the same step
         _leave(accelerator)
         raise
     _leave(accelerator)
 
 
 def _leave(accelerator: Accelerator) -> None:
-    gc.collect()  # a phase's wrapped models, which refer to themselves
+    gc.collect()  # a phase's wrapped models are reference cycles
     accelerator.wait_for_everyone()
     accelerator.state.destroy_process_group()  # not end_training(), which waits for a tracker that may be gone
 
 
 def precision_of_training(config: Config) -> str | None:
-    """The precision that a run was trained in, for a command started without a launcher; None if one has its say."""
+    """A run's training precision, for commands without a launcher; None if a launcher sets it or it can't be had."""
     recorded = config.environment.mixed_precision if config.environment else "no"
     can_be_had = {"fp16": torch.cuda.is_available(), "bf16": is_bf16_available()}.get(recorded, True)
     return recorded if can_be_had and "ACCELERATE_MIXED_PRECISION" not in os.environ else None
 
 
 def hint_at_bf16(accelerator: Accelerator) -> None:
-    """Say so if bf16 is left unused by a device that has instructions for it, or used by one that has none."""
+    """Say so if a device with bf16 instructions is used without bf16, or one without them is used with it."""
     has = has_bf16(accelerator.device)
     if accelerator.mixed_precision == "no" and has:
         accelerator.print(
@@ -178,10 +178,10 @@ def hint_at_bf16(accelerator: Accelerator) -> None:
 
 
 def suited(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model as the device trains it fastest, on images in channels_last.
+    """The model in the form the device trains fastest, on channels_last images.
 
-    On a GPU weights are channels_last, too. A CPU's convolutions take either layout, and its fused optimizers copy
-    weights of any but the default one; there convolutions of small maps become matrix products.
+    On a GPU weights are channels_last, too. On a CPU convolutions take either layout, but fused optimizers copy
+    weights not in the default one; and convolutions of small maps become matrix products.
     """
     if device.type == "cuda":
         return model.to(memory_format=torch.channels_last)
@@ -197,11 +197,16 @@ def has_bf16(device: torch.device) -> bool | None:
     return any(able[name] for name in names) if names else None
 
 
-def tune_allocator(device: torch.device) -> None:
-    """Training on a CPU: let glibc's allocator keep what is freed, as it will be wanted again in the next step.
+def has_tf32() -> bool:
+    """Whether there is a GPU that computes in TF32."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
-    Otherwise each step's activations are given back to the kernel and fetched anew, page by page. Not for trial steps:
-    what too large a one has taken would be missing for the next.
+
+def tune_allocator(device: torch.device) -> None:
+    """For training on a CPU: let glibc's allocator keep freed memory, since the next step needs it again.
+
+    Otherwise each step's activations go back to the kernel and are fetched anew, page by page. Not for trial steps:
+    memory kept from one that was too large would be missing in the next.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # glibc's malloc.h
@@ -211,7 +216,7 @@ def tune_allocator(device: torch.device) -> None:
 
 
 def environment(accelerator: Accelerator) -> Environment:
-    """What config.yaml records of the surroundings."""
+    """The environment as config.yaml records it."""
     from importlib.metadata import version
 
     names = ("torch", "timm", "accelerate", "datasets")
@@ -226,10 +231,10 @@ def environment(accelerator: Accelerator) -> Environment:
 
 
 def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[str]:
-    """Compare the surroundings of a resumed run with those it was started in; the differences that it survives.
+    """Compare a resumed run's environment with the one it started in; return the differences it survives.
 
     Raises:
-        UserError: other processes, another precision or kind of device: the random states would not fit.
+        UserError: the number of processes, precision or device type changed: random states would not fit.
     """
     if recorded is None:
         return []
@@ -250,10 +255,10 @@ def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[s
 
 
 def describe_batch(config: Config, accelerator: Accelerator, micro_batch_size: int, rows: int | None) -> str:
-    """How a step's images are shared out, and an epoch's steps.
+    """How a step's images are divided, and the steps per epoch.
 
     Args:
-        rows: of training; None if they are not counted.
+        rows: training rows; None if unknown.
     """
     total, processes = config.data.batch_size, accelerator.num_processes
     share = total // processes
@@ -268,17 +273,17 @@ def describe_batch(config: Config, accelerator: Accelerator, micro_batch_size: i
 
 
 def peak_memory(accelerator: Accelerator) -> dict[str, int]:
-    """`peak_memory_mb`, the most that this process's tensors have held of a GPU so far; nothing on a CPU."""
+    """`peak_memory_mb`: the most GPU memory this process's tensors have held so far; empty on a CPU."""
     if accelerator.device.type != "cuda":
         return {}
     return {"peak_memory_mb": torch.cuda.max_memory_allocated() // 2**20}
 
 
 def own_generators(*loaders) -> None:
-    """Let prepared loaders draw their workers' seeds from a generator of their own.
+    """Give each prepared loader its own generator to draw its workers' seeds from.
 
-    Otherwise each pass over a loader would move the random state that augmentation and dropout draw from, and a run
-    resumed in mid-epoch would not be the uninterrupted one. Set on prepared loaders, as Accelerate drops it on the way.
+    Otherwise each pass over a loader would advance the random state that augmentation and dropout use, and a run
+    resumed in mid-epoch would differ from an uninterrupted one. Set after `prepare`, which would drop it.
     """
     for loader in loaders:
         if loader is not None:
@@ -286,10 +291,10 @@ def own_generators(*loaders) -> None:
 
 
 def share_of_batch(config: Config, accelerator: Accelerator) -> tuple[int, int]:
-    """Images per process and step, and per forward pass (with micro_batch_size 'auto': the whole share, to begin with).
+    """Images per process and step, and per forward pass (the whole share at first if micro_batch_size is 'auto').
 
     Raises:
-        UserError: the global batch can't be shared out equally; the nearest sizes that can are named.
+        UserError: the batch can't be divided equally; the message names the nearest sizes that can.
     """
     total, processes = config.data.batch_size, accelerator.num_processes
     micro = None if config.data.micro_batch_size == "auto" else config.data.micro_batch_size

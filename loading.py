@@ -1,4 +1,4 @@
-"""From opened data to the loaders that training reads: what is decoded when, by whom, in which order."""
+"""From opened data to the loaders that training reads: who decodes what, when and in which order."""
 
 import dataclasses
 import signal
@@ -14,13 +14,13 @@ from data import Data, is_streamed
 from decoding import Collate
 from processes import cores_per_process, is_main, no_bar
 
-FEW = 2000  # rows, of small images, that are decoded sooner than a worker has started
+FEW = 2000  # rows of small images, which decode faster than a worker starts
 LITTLE = 1 / 20  # of a GPU's memory
 GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
 
 
 class DecodedImages(Dataset):
-    """Decoded rows in memory, of the machine or of a GPU. Fetched by batches, so that nothing is left to collate.
+    """Decoded rows in the machine's or a GPU's memory. Whole batches are fetched, so there is nothing to collate.
 
     Args:
         images: uint8 (N, 3, H, W).
@@ -50,14 +50,14 @@ class RowsAsIndices(Dataset):
 def keep_decoded(source: Data, config: DataConfig, device: torch.device, watch=lambda batches: batches) -> Data:
     """The same data with the training and validation rows decoded in memory, if they fit in `keep_mb`.
 
-    Each epoch then costs no decoding and needs no workers. What takes little of a GPU's memory is kept there. Streams,
-    images of several sizes, and more than fits are left to be decoded as they are wanted.
+    Epochs then decode nothing and need no workers. If the images take little of a GPU's memory, they are kept there.
+    Streams, images of several sizes and data that do not fit are left to be decoded on demand.
 
     Args:
         watch: passes batches on, and may raise.
 
     Raises:
-        UserError: what `Collate` raises for a row.
+        UserError: as `Collate` does for a row.
     """
     splits = {"train": source.train, "validation": source.validation}
     splits = {name: rows for name, rows in splits.items() if rows is not None}
@@ -74,10 +74,10 @@ def keep_decoded(source: Data, config: DataConfig, device: torch.device, watch=l
             images = torch.empty(len(rows), 3, height, width, dtype=torch.uint8)
             labels = torch.empty(len(rows), dtype=torch.int64)
             workers = 0
-            if len(rows) > FEW:  # nothing trains meanwhile, so that a core need not be left
+            if len(rows) > FEW:  # nothing trains yet, so no core is spared
                 workers = default_workers(spared=0) if config.workers is None else config.workers
             begin = 0
-            # The generator keeps the workers' seeds from being drawn from the one that training draws from.
+            # Its own generator, so that workers' seeds are not drawn from the generator that training uses.
             for batch in watch(
                 DataLoader(
                     rows,
@@ -108,14 +108,14 @@ def describe(source: Data) -> str:
 
 
 def _takes_little(device: torch.device, size: int) -> bool:
-    """Whether so many bytes are few for that GPU."""
+    """Whether `size` bytes are little for that GPU."""
     return device.type == "cuda" and size < LITTLE * torch.cuda.get_device_properties(device).total_memory
 
 
 def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> DataLoader | None:
-    """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate; None if it has no rows.
+    """A loader of one split ('train', 'validation' or 'test'), to be prepared by Accelerate; None without that split.
 
-    Training rows are shuffled, anew each epoch (by the stream, or the sampler that Accelerate seeds), and an incomplete
+    Training rows are reshuffled each epoch (by the stream, or by the sampler that Accelerate seeds), and an incomplete
     last batch is dropped.
 
     Args:
@@ -126,7 +126,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
         return None
     kept, streamed = isinstance(rows, DecodedImages), isinstance(rows, Sampler)
     on_gpu = kept and rows.images.is_cuda
-    reads = not streamed or is_main()  # of a stream the main process alone
+    reads = not streamed or is_main()  # only the main process reads a stream
     return DataLoader(
         RowsAsIndices() if streamed else rows,
         sampler=rows if streamed else None,
@@ -144,9 +144,9 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
 
 
 def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataLoader:
-    """A loader of a data set in its order; without `collate` it is fetched by batches, as `DecodedImages`.
+    """A loader that keeps a data set's order; without `collate` whole batches are fetched, as from `DecodedImages`.
 
-    For predictions, which wait for images that are read or made, so that there are more workers than in training.
+    For predictions: they wait for images to be read or made, so there are more workers than in training.
     """
     return DataLoader(
         dataset,
@@ -175,7 +175,7 @@ def _as_it_is(batch):
 
 
 def _outlive_signals(_worker: int) -> None:
-    """In a worker: a signal to the whole process group is the training's to obey, and it still has a step to finish."""
+    """In a worker: survive a signal to the whole process group, as training still needs batches to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -183,18 +183,18 @@ def _outlive_signals(_worker: int) -> None:
 
 
 def skip_batches(accelerator: Accelerator, prepared_loader, steps: int):
-    """A prepared training loader that begins behind an epoch's first steps, drawing no random numbers on its way.
+    """A prepared training loader that skips an epoch's first `steps` steps without drawing random numbers.
 
-    Accelerate's own way counts a dispatched loader's batches, of which each process gets one in a step.
+    For a dispatched loader Accelerate's own function would count batches, of which a step takes one per process.
     """
     if isinstance(prepared_loader, DataLoaderDispatcher):
-        prepared_loader.skip_batches = steps  # of this epoch: the next one asks again
+        prepared_loader.skip_batches = steps  # in this epoch; set again for the next
         return prepared_loader
     return accelerator.skip_first_batches(prepared_loader, steps) if steps else prepared_loader
 
 
 def stop_idle_workers(source: Data, *prepared_loaders) -> None:
-    """A stream that is kept as pixels needs nobody to decode it any more, and a worker takes time from the training."""
+    """Drop the workers once a stream is kept as pixels: there is nothing to decode, and they slow training down."""
     if is_streamed(source) and source.train.stream.decoded:
         for prepared in prepared_loaders:
             if prepared is not None:
@@ -202,9 +202,9 @@ def stop_idle_workers(source: Data, *prepared_loaders) -> None:
 
 
 def images_per_epoch(prepared_loader, global_batch: int, source: Data) -> int | None:
-    """Images that a prepared training loader gives in one epoch, all processes together.
+    """Images that a prepared training loader yields in one epoch, over all processes.
 
-    Of a stream that has not ended once it is about what the dataset's description says; None if that says nothing.
+    For a stream not yet read to its end, an estimate from the dataset's description; None if that gives no number.
     """
     try:
         return len(prepared_loader) * global_batch
@@ -217,5 +217,5 @@ def _workers(config: DataConfig) -> int:
 
 
 def default_workers(most: int = 4, spared: int = 1) -> int:
-    """Cores of this machine less one for the training itself (`spared`), shared by its processes; 1 to `most`."""
+    """This process's share of the machine's cores, less `spared` for training itself; between 1 and `most`."""
     return min(most, max(1, cores_per_process() - spared))

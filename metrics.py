@@ -1,6 +1,6 @@
 """Loss and accuracy as `evaluate.Metric` classes of this project, which need no download from the hub.
 
-And over an epoch: `Classification` collects its rows and tells their figures.
+`Classification` collects an epoch's rows and computes their metrics.
 """
 
 import datasets
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from errors import UserError
 
-CHUNK = 2**16  # rows that are summed up at once
-IGNORED = -1  # the label of a row that no loss and no figure counts: its image could not be decoded
+CHUNK = 2**16  # rows summed up at once
+IGNORED = -1  # the label of a row that no loss or metric counts: its image could not be decoded
 
 
 class RowMetric(evaluate.Metric):
-    """A metric of rows whose predictions and references are arrays, or lists of lists."""
+    """A metric over rows; predictions and references are arrays, or lists of lists."""
 
     def compute(self, *, predictions=None, references=None, **options):
-        """The figures of these rows and of those that were added before."""
+        """The metric over these rows and those added before."""
         # evaluate would write each row to a table and read it back, in Python: half a second for 40,000 rows.
         if self.writer is None and predictions is not None and references is not None:
             return self._compute(predictions, references)
@@ -65,14 +65,14 @@ class MeanLoss(RowMetric):
 
 
 class Classification:
-    """Collects one epoch's rows and tells its `loss`, `top1` and `top5` at its end.
+    """Collects one epoch's rows and computes `loss`, `top1` and `top5` at its end.
 
-    What is collected stays on the device, so that no step has to wait for it. Only once in CHUNK rows it is summed up,
-    so that memory does not grow with the epoch.
+    The rows stay on the device, so that no step has to wait for it. Every CHUNK rows they are summed up, so that
+    memory does not grow with the epoch.
     """
 
     PARTS = ("losses", "classes", "labels")
-    SUMS = ("loss", "top1", "top5", "counted", "corrupt")  # the metrics' own names, and two numbers of rows
+    SUMS = ("loss", "top1", "top5", "counted", "corrupt")  # the metrics' own names, and two row counts
 
     def __init__(self):
         self.metrics = [TopKAccuracy(1, keep_in_memory=True), TopKAccuracy(5, keep_in_memory=True)]
@@ -86,7 +86,7 @@ class Classification:
 
     @staticmethod
     def reduce(logits: Tensor, labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What has to be kept of a batch: losses (B,), the up to 5 likeliest classes (B, 5), labels (B,)."""
+        """What to keep of a batch: losses (B,), the (up to) 5 likeliest classes (B, 5), labels (B,)."""
         return losses.detach().float(), logits.detach().topk(min(5, logits.shape[1])).indices, labels
 
     def add(self, losses: Tensor, classes: Tensor, labels: Tensor) -> None:
@@ -96,9 +96,9 @@ class Classification:
             self._sum_up()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What was added so far: `losses` (N,), `classes` (N, 5), `labels` (N,) and, of the rows before, `sums` (5,).
+        """Rows not summed up yet: `losses` (N,), `classes` (N, 5), `labels` (N,); and the earlier rows' `sums` (5,).
 
-        What there is none of is left out.
+        Empty ones are left out.
         """
         state = {name: torch.cat(part) for name, part in zip(self.PARTS, zip(*self.rows, strict=True), strict=False)}
         if any(self.sums.values()):
@@ -113,13 +113,13 @@ class Classification:
             self.add(*(state[name].to(device) for name in self.PARTS))
 
     def compute(self, gather=lambda sums: sums) -> dict[str, float]:
-        """The figures of all rows added since the last call, and as `corrupt` how many were ignored, if any were.
+        """The metrics of all rows added since the last call; if any were ignored, their number as `corrupt`.
 
         Args:
-            gather: joins the processes' lists (of one dict each), where their rows were not gathered batch by batch.
+            gather: joins the processes' lists (of one dict each) if their rows were not gathered batch by batch.
 
         Raises:
-            UserError: nothing was added, or nothing that counts.
+            UserError: no rows were added, or none that count.
         """
         self._sum_up()
         gathered = gather([self.sums])
@@ -146,4 +146,4 @@ class Classification:
         self.sums["loss"] += self.loss.compute(predictions=losses, references=labels)["loss"] * len(labels)
         for metric in self.metrics:
             for name, share in metric.compute(predictions=classes, references=labels).items():
-                self.sums[name] += round(share * len(labels))  # hits: a tie of two epochs stays one in whatever parts
+                self.sums[name] += round(share * len(labels))  # hits: a tie between epochs does not depend on chunks

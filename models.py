@@ -1,4 +1,4 @@
-"""Networks and their weights: SimpleCNN, DeepCNN and a small-stem ResNet-50 beside all of timm's.
+"""Networks and their weights: SimpleCNN, DeepCNN and a small-stem ResNet-50, besides all of timm's.
 
 The project's own networks are registered with timm, so that every model comes from `timm.create_model`, and a run's
 best/ folder loads anywhere that this file is imported (a plain timm backbone needs timm alone).
@@ -24,7 +24,7 @@ import hub
 from config import ModelConfig
 from errors import USAGE, UserError, first_line
 
-SAME_WEIGHTS = {"resnet50_small_stem": "resnet50"}  # architectures that have another one's, key for key
+SAME_WEIGHTS = {"resnet50_small_stem": "resnet50"}  # architectures with another one's weights, key for key
 CIFAR100_MEAN = (0.5071, 0.4865, 0.4409)  # of the training split's pixels, by channel
 CIFAR100_STD = (0.2673, 0.2564, 0.2762)
 
@@ -131,10 +131,10 @@ def resnet50_small_stem(pretrained: bool = False, **kwargs) -> ResNet:
 
 
 def check(config: ModelConfig) -> None:
-    """Tell what can be told before any data are read: whether the model exists, and whether its weights do.
+    """Check before any data are read that the model and its weights exist, as far as can be seen by then.
 
     Raises:
-        UserError: there is no such model or file, or its pretrained weights are neither in the cache nor to be had.
+        UserError: there is no such model or file, or we are offline and its pretrained weights are not cached.
     """
     repository = _architecture_cfg(config.name).get("hf_hub_id")
     if config.weights:
@@ -146,7 +146,7 @@ def check(config: ModelConfig) -> None:
 
 
 def without_weights(config: ModelConfig) -> ModelConfig:
-    """The same model for a resumed run, whose checkpoint has all weights: what it once started from may be gone."""
+    """The same model for a resumed run: its checkpoint has all weights, and those it started from may be gone."""
     return dataclasses.replace(config, pretrained=False, weights=None)
 
 
@@ -194,11 +194,11 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
 
 @torch.no_grad()
 def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
-    """UserError if images of that size do not go through the model (evaluated, so that nothing in it changes)."""
+    """Raise UserError if the model can't take images of that size (tried in eval mode, which changes nothing)."""
     model.eval()
     try:
         model(torch.zeros(2, 3, *size))
-    except Exception as error:  # whatever a layer raises whose input has become too small
+    except Exception as error:  # whatever a layer raises if its input has become too small
         raise UserError(
             f"model.name: {name} can't take {size[1]}x{size[0]} images ({first_line(error)}); "
             "set the size that they are brought to, for example --data.image_size 224",
@@ -218,10 +218,10 @@ def _architecture_cfg(name: str) -> dict:
 
 
 def _load_weights(model: nn.Module, path: Path, name: str) -> tuple[dict, str]:
-    """Load a .safetensors file or a run's best/ folder into the model; a head of another size is left new.
+    """Load a .safetensors file or a run's best/ folder into the model; a head of another size stays newly initialised.
 
     Returns:
-        The normalisation that the weights were trained with, as far as they say it, and where they came from.
+        The normalisation that the weights were trained with, if recorded, and a phrase for where they came from.
     """
     file, cfg = _weights_file(path, name)
     try:
@@ -254,7 +254,7 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> tuple[dict, str]:
 
 
 def _weights_file(path: Path, name: str) -> tuple[Path, dict]:
-    """The .safetensors file that `model.weights` means, and the normalisation that a best/ folder tells with it."""
+    """The .safetensors file that `model.weights` means, and the normalisation that a best/ folder records."""
     try:
         path = path.expanduser()
         is_folder, exists = path.is_dir(), path.exists()

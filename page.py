@@ -1,7 +1,7 @@
-"""The report as one HTML page that needs nothing else: pictures are in it, and no script at all.
+"""The report as one self-contained HTML page: the pictures are in it, and there are no scripts.
 
-Names come from others: the template escapes whatever it is given (Jinja2's autoescape), the page's own policy forbids
-scripts and whatever would be loaded from elsewhere, and a name's direction ends where the name ends (`bdi`).
+Names come from others: the template escapes everything (Jinja2's autoescape), the page's Content-Security-Policy
+forbids scripts and external resources, and `bdi` keeps a name's text direction from affecting what follows.
 """
 
 import time
@@ -19,20 +19,20 @@ from errors import UserError
 from runfolder import Predictions, Run, thumbnail
 from text import plain
 
-LIMIT = 5_000_000  # bytes of a page: more is no fun on a phone, and no mail takes it
-PICTURES = 4_300_000  # of which pictures may have so many
-CONFIG_LENGTH = 20_000  # characters of a configuration that are shown
-OPEN_RUNS = 3  # so many runs' predictions are unfolded from the beginning
+LIMIT = 5_000_000  # bytes of a page: more is no fun on a phone or in a mail
+PICTURES = 4_300_000  # bytes of it for pictures
+CONFIG_LENGTH = 20_000  # characters shown of a configuration
+OPEN_RUNS = 3  # with more runs, predictions are folded at first
 
 
 class Room:
-    """What is left of the page's size for pictures."""
+    """The bytes that are left for pictures."""
 
     def __init__(self, size: int):
         self.left = size
 
     def address(self, content: bytes, kind: str) -> str | None:
-        """The picture as a data: address, or None if there is no room for it."""
+        """The picture as a data: URL, or None if there is no room for it."""
         text = f"data:image/{kind};base64,{b64encode(content).decode()}"
         if len(text) > self.left:
             return None
@@ -46,15 +46,15 @@ class Shown:
 
     found: Predictions
     pictures: list[tuple[plots.Picture, str]] = field(default_factory=list)
-    left_out: int = 0  # pictures that there was no room for
-    gallery: list[tuple] = field(default_factory=list)  # mistakes with the address of their picture, or None
+    left_out: int = 0  # pictures that did not fit
+    gallery: list[tuple] = field(default_factory=list)  # mistakes, with their picture's URL or None
 
 
 def render(runs: list[Run]) -> str:
-    """The page of some runs, in their order.
+    """Render the page of some runs, in their order.
 
     Raises:
-        UserError: it would be larger than `LIMIT` even with the pictures that can be left out left out.
+        UserError: it is larger than `LIMIT`, although pictures take no more than `PICTURES`.
     """
     room = Room(PICTURES)
     curves = [(picture, _curve(picture, room)) for picture in plots.curves(runs, False)]
@@ -91,12 +91,12 @@ def render(runs: list[Run]) -> str:
 
 
 def _curve(picture: plots.Picture, room: Room) -> str | None:
-    """Sharp at any size if there is room for that; many long runs are smaller as pixels."""
+    """As SVG, sharp at any size, if it fits; else as PNG, smaller for many long runs."""
     return room.address(picture.encode("svg"), "svg+xml") or room.address(picture.small_png(), "png")
 
 
 def _draw(runs: list[Run], judged: list[list[Shown]], room: Room) -> None:
-    """Figures of predictions until one has no room: each run's first files before any run's second."""
+    """Draw predictions until a figure does not fit: each run's first file before any second."""
     full = False
     for turn in range(max(map(len, judged))):
         for run, files in zip(runs, judged, strict=True):
@@ -111,7 +111,7 @@ def _draw(runs: list[Run], judged: list[list[Shown]], room: Room) -> None:
 
 
 def _hang(runs: list[Run], judged: list[list[Shown]], room: Room) -> None:
-    """Thumbnails while there is room: the first mistake of every file before any file's second."""
+    """Add thumbnails while they fit: every file's first mistake before any second."""
     files = [(run, shown) for run, files in zip(runs, judged, strict=True) for shown in files]
     for turn in range(max((len(shown.found.mistakes) for _, shown in files), default=0)):
         for run, shown in files:
@@ -160,7 +160,7 @@ def _robustness(run: Run) -> Table | None:
 def _yaml(run: Run) -> str:
     try:
         text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-    except ValueError:  # Python does not write out a number of thousands of digits
+    except ValueError:  # Python prints no numbers of thousands of digits
         return "not shown, as it holds a number of thousands of digits"
     text = "\n".join(map(plain, text[:CONFIG_LENGTH].splitlines()))
     return text + ("\n…" if len(text) >= CONFIG_LENGTH else "")

@@ -1,4 +1,4 @@
-"""The rules of a phase: optimizer, learning-rate schedule, early stopping; and the state of a run that outlives it."""
+"""The rules of a phase: optimizer, learning-rate schedule, early stopping; and the run's state, which outlives it."""
 
 import math
 import uuid
@@ -14,7 +14,7 @@ from config import PhaseConfig
 
 
 def cosine(epoch: int, epochs: int) -> float:
-    """Factor on the learning rate in epoch `epoch` (from 0) of `epochs`: 1 at first, falling to 0 after the last.
+    """Learning-rate factor in epoch `epoch` (from 0) of `epochs`: 1 at first, falling to 0 after the last.
 
     Loshchilov & Hutter, SGDR (2017), without restarts.
     """
@@ -24,11 +24,11 @@ def cosine(epoch: int, epochs: int) -> float:
 def make_optimizer(phase: PhaseConfig, model: nn.Module) -> Optimizer:
     """A new optimizer over the parameters that train in this phase."""
     training = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Fused optimizers can be told on the device to leave a step out (engine.py: a loss that is not finite).
+    # A flag on the device makes fused optimizers skip a step (engine.py: after a non-finite loss).
     options = {"lr": phase.lr, "weight_decay": phase.weight_decay, "fused": True}
     if phase.optimizer == "sgd":
         optimizer = SGD(training, momentum=phase.momentum, **options)
-        if phase.momentum:  # torch would begin it with memory as it is if the first step is left out
+        if phase.momentum:  # torch leaves the buffer uninitialised if the first step is skipped
             for parameter in training:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
@@ -50,8 +50,8 @@ class Schedule:
         self.wants_metric = phase.schedule == "plateau"
 
     def step(self, top1: float | None) -> None:
-        """End of an epoch that reached this validation top-1 (the same on every process; None: no validation)."""
-        with warnings.catch_warnings():  # torch misses an optimizer step if a run was resumed at an epoch's end
+        """End an epoch that reached this validation top-1 (the same on every process; None: no validation)."""
+        with warnings.catch_warnings():  # torch warns of a missing step if a run resumed at an epoch's end
             warnings.filterwarnings("ignore", message="Detected call of")
             self.torch.step(top1) if self.wants_metric else self.torch.step()
 
@@ -76,7 +76,7 @@ class EarlyStopping:
     bad_epochs: int = 0
 
     def step(self, top1: float | None) -> bool:
-        """Take in an epoch's validation top-1; tell whether the phase should stop. Without validation it goes on."""
+        """Record an epoch's validation top-1; return whether to stop the phase. Without validation: never."""
         if self.best is None or top1 > self.best:
             self.best, self.bad_epochs = top1, 0
         else:
@@ -86,14 +86,14 @@ class EarlyStopping:
 
 @dataclass
 class RunState:
-    """Where a run is. Plain values, kept as JSON beside each checkpoint."""
+    """Where a run is. Plain values, kept as JSON in each checkpoint."""
 
     phase: int = 0  # index of the current phase
     phase_epoch: int = 0  # epochs finished in it
     stopped: bool = False  # early
     epoch: int = 0  # epochs finished in all
-    epoch_step: int = 0  # optimizer steps in the epoch that has begun: the position in the data
-    epoch_seconds: float = 0.0  # that it has taken up to its last step
+    epoch_step: int = 0  # optimizer steps in the current epoch: the position in the data
+    epoch_seconds: float = 0.0  # that epoch's, up to its last step
     step: int = 0  # optimizer steps in all
     best_top1: float | None = None  # over the whole run, like the weights in best/
     best_epoch: int | None = None
@@ -103,15 +103,15 @@ class RunState:
     tracker_id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)  # W&B's name for the run
 
     def end_step(self, seconds: float) -> None:
-        """Take in an optimizer step; `seconds` are the epoch's so far."""
+        """Count an optimizer step; `seconds` are the epoch's so far."""
         self.epoch_seconds = seconds
         self.epoch_step += 1
         self.step += 1
 
     def end_epoch(self, top1: float | None, seconds: float, schedule: Schedule, stopping: EarlyStopping) -> bool:
-        """Take in a finished epoch's validation top-1; tell whether it is the run's best so far (a tie is not).
+        """Record an epoch's validation top-1; return whether it is the run's best so far (a tie is not).
 
-        Without validation the newest counts as the best.
+        Without validation the newest is the best.
         """
         self.epoch += 1
         self.phase_epoch += 1

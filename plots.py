@@ -1,8 +1,8 @@
-"""Figures of runs and predictions, drawn by matplotlib without pyplot, so that nothing is shared or stays open.
+"""Figures of runs and predictions, drawn by matplotlib without pyplot: no global state, no figures left open.
 
 Colours are those of Okabe & Ito, "Color Universal Design" (2008), which colour-blind readers can tell apart; lines
-differ by their dashes too, and colour maps are cividis (Nuñez et al., 2018). Names are foreign: they are drawn as plain
-text, never as mathematics.
+also differ in their dashes, and colour maps are cividis (Nuñez et al., 2018). Names are foreign: they are drawn as
+plain text, never as mathematics.
 """
 
 import io
@@ -25,10 +25,10 @@ from comparison import conditions, percent
 from runfolder import ClassFigures, Predictions, Run
 from text import shown
 
-# Small figures with letters of a usual size: a phone shows one at three quarters of its size, and it can be read there.
+# Small figures with text of normal size: still readable on a phone, which shows them at three quarters of their size.
 WIDTH, HEIGHT = 4.8, 3.3  # inches
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("", "6 2", "2 1.5", "7 2 2 2")  # of a line, in points: drawn and left out
+DASHES = ("", "6 2", "2 1.5", "7 2 2 2")  # on and off lengths, in points
 STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -47,7 +47,7 @@ LONGEST = 24  # characters of a name in a figure
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with what has to be said of it. `stem` is a plain file name; title and `alt` hold foreign names."""
+    """A figure with its texts. `stem` is a safe file name; `title` and `alt` hold foreign names."""
 
     stem: str
     title: str
@@ -58,7 +58,7 @@ class Picture:
         """As "png" or "svg"."""
         written = io.BytesIO()
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes; the page has the text
+            warnings.simplefilter("ignore")  # missing glyphs are drawn as boxes; the page has the text
             self.figure.savefig(written, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
         return written.getvalue()
 
@@ -71,17 +71,17 @@ class Picture:
 
 
 def style(index: int) -> tuple[str, str]:
-    """The colour and the dashes (as SVG writes them) of run number `index`: 28 of them, then they come again."""
+    """The colour and dashes (in SVG's notation) of run number `index`; they repeat after 28 runs."""
     return COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
 
 
 def stem(*words: str) -> str:
-    """A file name without anything that a shell or a file system minds. The last words say most: the first are cut."""
+    """A file name safe for shells and file systems. If too long it is cut at the front: the last words say most."""
     return re.sub(r"[^\w.-]+", "-", "-".join(words), flags=re.ASCII)[-100:].strip(".-") or "figure"
 
 
 def _linestyle(dashes: str):
-    """Dashes as matplotlib takes them."""
+    """Dashes in matplotlib's form."""
     return (0, [float(length) for length in dashes.split()]) if dashes else "-"
 
 
@@ -104,7 +104,7 @@ def curves(runs: list[Run], with_legend: bool) -> Iterator[Picture]:
     """Accuracies, losses and the learning rate over epochs, a line per run.
 
     Args:
-        with_legend: name the lines in each figure. The page does that once, in text.
+        with_legend: name the lines in each figure; the page does so once, in text.
     """
     for key, (title, unit) in CURVES.items():
         if key.startswith("val") and runs and not any(run.validates for run in runs):
@@ -155,7 +155,7 @@ def _learning_rate(runs: list[Run], with_legend: bool) -> Picture:
                 at = ", ".join(str(row["epoch"]) for row in reduced)
                 told.append(f"{run.name} from {values[0]:.3g} to {values[-1]:.3g}{f', reduced at {at}' if at else ''}")
         if rates := [row["lr"] for run in runs for row in run.history if (row["lr"] or 0) > 0]:
-            # From decade to decade, so that at least two labels stand on the axis, however little the rate changes.
+            # Whole decades, so that the axis has at least two labels however little the rate changes.
             low, high = math.floor(math.log10(min(rates)) + 1e-9), math.ceil(math.log10(max(rates)) - 1e-9)
             axes.set_ylim(0.6 * 10.0**low, 1.6 * 10.0 ** max(high, low + 1))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.0e}"))
@@ -166,9 +166,9 @@ def _learning_rate(runs: list[Run], with_legend: bool) -> Picture:
 
 
 def reductions(run: Run) -> list[dict]:
-    """The epochs that are the first with a lower learning rate than the one before, within a phase.
+    """The epochs with a lower learning rate than the one before, within a phase.
 
-    A cosine schedule lowers it in each epoch: nothing to mark.
+    None for a cosine schedule, which lowers it in each epoch.
     """
     return [
         row
@@ -181,7 +181,7 @@ def reductions(run: Run) -> list[dict]:
 
 
 def _line(axes, index: int, run: Run, key: str, scale: float) -> list[float]:
-    """Draw a run's line, with gaps where figures are missing; the figures that are there."""
+    """Draw a run's line, with gaps where figures are missing; return the others."""
     colour, dashes = style(index)
     values = [None if row[key] is None else scale * row[key] for row in run.history]
     if key == "lr":  # a log axis has no zero
@@ -196,7 +196,7 @@ def _line(axes, index: int, run: Run, key: str, scale: float) -> list[float]:
         linestyle=_linestyle(dashes),
         linewidth=1.6,
         marker=".",
-        markevery=None if len(there) < 30 else alone,  # no line leads to or from a figure between gaps
+        markevery=None if len(there) < 30 else alone,  # between two gaps there is no line to see
         gid=f"run-{index + 1}",
     )
     return there
@@ -216,7 +216,7 @@ def _finish(figure: Figure, axes, runs: list[Run], title: str, with_legend: bool
             Line2D([], [], color=colour, linestyle=_linestyle(dashes))
             for colour, dashes in map(style, range(len(runs)))
         ]
-        # A no-break space in front: matplotlib leaves labels out that begin with an underscore.
+        # A no-break space in front: matplotlib drops labels that begin with an underscore.
         names = ["\u00a0" + shown(run.name, 40) for run in runs]
         columns = 2 if len(runs) > 2 and max(map(len, names)) < 24 else 1
         figure.set_figheight(HEIGHT + 0.22 * -(-len(runs) // columns))
@@ -224,13 +224,13 @@ def _finish(figure: Figure, axes, runs: list[Run], title: str, with_legend: bool
 
 
 def _shade(axes, runs: list[Run]) -> bool:
-    """Shade every other phase, lightly for each layout where runs differ; whether the phases' names stand above."""
+    """Shade every other phase, more lightly if runs' layouts differ; return whether phases are named above."""
     lasts = {}  # each layout's last epoch
     for run in runs:
         if run.history:
             layout, last = _layout(run), max(row["epoch"] for row in run.history)
             lasts[layout] = max(last, lasts.get(layout, last))
-    # A run that is still in its first phases has the layout of one that is further.
+    # Drop a layout that another one begins with: its run is just not as far yet.
     layouts = [it for it in lasts if not any(it != other and other[: len(it)] == it for other in lasts)]
     changing = sorted(layout for layout in layouts if len(layout) > 1)
     for layout in changing:
@@ -262,12 +262,12 @@ def _listed(told: list[str]) -> str:
 
 
 def of_predictions(run: Run, found: Predictions) -> Iterator[Picture]:
-    """The figures that a file of predictions has the data for."""
+    """The figures that a predictions file has data for."""
     return (draw(run, found) for draw in drawings(found))
 
 
 def drawings(found: Predictions) -> list[Callable[[Run, Predictions], Picture]]:
-    """What draws each of those figures; drawing takes a while, counting does not."""
+    """The functions that draw those figures: drawing is slow, counting is not."""
     draws = []
     if any(map(any, found.confusion)):
         draws.append(_confusion)
@@ -289,7 +289,7 @@ def _confusion(run: Run, found: Predictions) -> Picture:
     labelled = count <= LABELLED
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(height=4.6 if labelled else 4.1)
-        # The square root brings out what is rare: the mistakes.
+        # A square-root scale brings out the rare mistakes.
         image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
         if labelled:
             size = 9 if count <= COUNTED else 7

@@ -1,17 +1,17 @@
-"""Judge a run by its best weights, or let it name what is on other images.
+"""Evaluate a run's best weights, or classify other images with them.
 
     python predict.py runs/NAME                                # the test split
-    python predict.py runs/NAME --split validation             # the rows that were held out of training
+    python predict.py runs/NAME --split validation             # the rows held out of training
     python predict.py runs/NAME --data.source ~/other          # other labelled images of the same classes
-    python predict.py runs/NAME --images ~/photos              # a folder of images without labels
+    python predict.py runs/NAME --images ~/photos              # a folder of unlabelled images
     python predict.py runs/NAME --robustness                   # 19 corruptions x 5 severities, made from the test split
     python predict.py runs/NAME --cifar100c ~/CIFAR-100-C      # the published ones
     python predict.py runs/NAME --ood ~/distorted              # the course's submission.csv
-    python predict.py runs/NAME --push_to_hub USER/MODEL       # judge nothing: upload best/
-    accelerate launch --mixed_precision bf16 predict.py ...    # precision and processes as in training
+    python predict.py runs/NAME --push_to_hub USER/MODEL       # predict nothing: upload best/
+    accelerate launch --mixed_precision bf16 predict.py ...    # precision, processes: as in training
 
-What is found is printed and written to runs/NAME/predictions/: figures as JSON, predictions as CSV, and small pictures
-of the most confident mistakes. Image size and normalisation are those of the training, read from the run.
+Results are printed and written to runs/NAME/predictions/: figures as JSON, predictions as CSV, and thumbnails of the
+most confident mistakes. Image size and normalisation are those of training, read from the run.
 """
 
 import argparse
@@ -31,10 +31,10 @@ HOW_READ = ("streaming", "keep_mb", "on_corrupt", "workers", "batch_size", "micr
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """The command line, and the run's configuration with the data that it asks for.
+    """The command line, and the run's configuration with the requested data.
 
     Raises:
-        UserError: the folder is no run with trained weights, or options do not exist, fit each other or make sense.
+        UserError: the folder is not a run with trained weights, or an option is unknown, invalid or out of place.
     """
     parser = Parser(
         prog="predict.py",
@@ -86,7 +86,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     args = parser.parse_args(argv)
     _check_together(args)
     path = args.run / "config.yaml"
-    if not os.path.isfile(path):  # pathlib's raises where a name is too long, or in a folder that others may not see
+    if not os.path.isfile(path):  # pathlib's raises if a name is too long or a folder unreadable
         raise UserError(f"{args.run} is not a run folder: it has no config.yaml", USAGE)
     for needed in ("best/config.json", "best/model.safetensors"):
         if not os.path.isfile(args.run / needed):
@@ -94,14 +94,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
                 f"{args.run} has no {needed}: the run has not finished an epoch, or lost its weights", USAGE
             )
     tree, overrides = read_yaml(path), {key: value for key, value in vars(args).items() if key.startswith("data.")}
-    # Nothing is augmented here, and nothing mixed, which would ask for batches of more than one image.
+    # Turn off augmentation, and mixing, which would reject a batch size of 1.
     config = overridden(tree | {"tracking": "none", "augment": {"policy": "none"}}, overrides, path)
-    # The weights are the run's own: nothing else is wanted from the hub than, perhaps, the data.
+    # The weights are the run's own, so only the data may have to come from the hub.
     return args, dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
 
 
 def _check_together(args: argparse.Namespace) -> None:
-    """UserError for an option that what is to be predicted has no use for."""
+    """UserError if an option does not fit what is to be predicted."""
     if args.limit and (args.ood or args.push_to_hub):
         raise UserError("--limit: a submission and an upload are whole or they are none", USAGE)
     if args.output and (args.robustness or args.cifar100c or args.push_to_hub):
@@ -144,7 +144,7 @@ def _at_least(least: int, text: str) -> int:
 
 if __name__ == "__main__":
     with reported():
-        ARGS, CONFIG = parse()  # before torch takes its seconds
+        ARGS, CONFIG = parse()  # before the slow import of torch
         if not (ARGS.images or ARGS.cifar100c or ARGS.ood or ARGS.push_to_hub):  # these need no data of the run
             hub.check(CONFIG, ARGS.run)
 
@@ -175,9 +175,9 @@ def predict(args: argparse.Namespace, config: Config) -> None:
     """Do what the command line asks for; every process calls this, the main one writes.
 
     Raises:
-        UserError: anything that the user can mend: a damaged run, data that are missing or of other classes.
+        UserError: anything the user can fix: a damaged run, missing data, or data of other classes.
     """
-    # What can be told at once is told before anything is loaded.
+    # Fail fast: check what is cheap before loading anything.
     class_names, _ = described(args.run)
     paths = image_files(args.images)[: args.limit] if args.images else None
     files = order = None
@@ -185,8 +185,8 @@ def predict(args: argparse.Namespace, config: Config) -> None:
         files = distorted.course(args.ood) if args.ood else distorted.cifar100c(args.cifar100c, args.limit)
         order = distorted.known_classes(class_names, "--ood" if args.ood else "--cifar100c")
 
-    # A run of a GPU is judged on any machine: these two are about training there.
-    config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and torch.cuda.is_available())
+    # A run trained on a GPU can be judged anywhere: do not demand a GPU for it.
+    config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and launch.has_tf32())
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
     launch.tune_allocator(accelerator.device)
     folder = args.run / "predictions"
@@ -210,7 +210,7 @@ def predict(args: argparse.Namespace, config: Config) -> None:
 
 
 def upload(args: argparse.Namespace) -> None:
-    """Push best/ with its model card to the hub, by one process; UserError if it can't be done."""
+    """Push best/ and its model card to the hub, from one process; UserError if that fails."""
     if os.environ.get("RANK", "0") == "0":
         sharing.check(args.push_to_hub)
         print(f"uploaded: {sharing.push(args.run, args.push_to_hub)}")
@@ -220,7 +220,7 @@ def upload(args: argparse.Namespace) -> None:
 
 
 def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier, folder: Path) -> None:
-    """A split's figures as NAME.json, its predictions as NAME.csv, and the mistakes' pictures."""
+    """Write a split's figures as NAME.json, its predictions as NAME.csv, and mistakes' thumbnails."""
     part = args.split or "test"
     source, loader, ids = _opened(args, model, part)
     launch.dispatch(accelerator, streamed=ids is None)
@@ -252,10 +252,10 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
 
 
 def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[int, int] | None = None):
-    """A split as (its data, a loader of its rows in their order, their numbers or None for a stream).
+    """Open a split: (its data, a loader of its rows in order, the rows' numbers or None for a stream).
 
     Args:
-        size: height and width that every image is brought to; None: where a batch's differ, or are too large.
+        size: resize every image to this height and width; None: only if a batch's differ, or are too large.
     """
     config = model.config.data
     if part == "test" and config.test_split is None:
@@ -273,7 +273,7 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
 
 
 def _name(args: argparse.Namespace, part: str) -> str:
-    """What a split's files are called: after the split, and before it what was chosen other than the run's own data."""
+    """The stem of a split's files: the data options that were given, the split, then `suffix`."""
     chosen = [_plain_name(vars(args)[f"data.{name}"]) for name in WHICH_DATA if f"data.{name}" in vars(args)]
     return "-".join([*chosen, part]) + suffix(args.tta, args.limit, args.seed)
 
@@ -282,7 +282,7 @@ def _name(args: argparse.Namespace, part: str) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All files below a folder that have an image's name, sorted; UserError if there are none."""
+    """All files below a folder with an image's extension, sorted; UserError if there are none."""
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in decoding.FORMATS}
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and os.path.isfile(path)]
     if not paths:
@@ -293,7 +293,7 @@ def image_files(folder: Path) -> list[Path]:
 def images(
     args: argparse.Namespace, accelerator: Accelerator, model: Classifier, paths: list[Path], folder: Path
 ) -> None:
-    """Predictions for image files as CSV; an image's id is its path below --images."""
+    """Write predictions for image files as CSV; an id is the path below --images."""
     rows = [{"image": {"bytes": None, "path": str(path)}, "label": 0} for path in paths]
     config = dataclasses.replace(model.config.data, source=str(args.images))
     skip = config.on_corrupt == "skip"
@@ -324,7 +324,7 @@ def submission(
     order: list[str],
     folder: Path,
 ) -> None:
-    """The course's submission: `id,label` for each row of its 19 files; labels count classes in the files' order."""
+    """Write the course's submission: `id,label` for each row of its 19 files, with CIFAR-100's label numbers."""
     target, seen = args.output or folder / f"submission{suffix(args.tta, args.limit, args.seed)}.csv", 0
     label_of = [order.index(name) for name in model.class_names]
     with whole_csv(accelerator, target, ("id", "label")) as write:
@@ -336,10 +336,10 @@ def submission(
 
 
 def _corrupted(args: argparse.Namespace, model: Classifier) -> tuple[distorted.Corrupted, torch.Tensor]:
-    """The test split, decoded once, under all corruptions; and from its labels to the model's."""
+    """The decoded test split under all corruptions, and the map from its labels to the model's."""
     source, loader, _ = _opened(args, model, "test")
     batches = _decoded(loader, model.config.data.keep_mb)
-    if len({batch["image"].shape[2:] for batch in batches}) > 1:  # images of several sizes: all of them at the model's
+    if len({batch["image"].shape[2:] for batch in batches}) > 1:  # mixed sizes: resize all to the model's
         _, loader, _ = _opened(args, model, "test", model.size)
         batches = _decoded(loader, model.config.data.keep_mb)
     labels = torch.cat([batch["label"] for batch in batches])
@@ -350,7 +350,7 @@ def _corrupted(args: argparse.Namespace, model: Classifier) -> tuple[distorted.C
 
 
 def _decoded(loader, keep_mb: int) -> list[dict[str, torch.Tensor]]:
-    """All batches of a loader; UserError if they take more memory than they may."""
+    """All batches of a loader; UserError if they take more than `keep_mb`."""
     batches, size = [], 0
     for batch in loader:
         batches.append(batch)
@@ -371,7 +371,7 @@ def robustness(
     labels_of: torch.Tensor,
     folder: Path,
 ) -> None:
-    """Accuracy under each corruption at each severity, and its means, as robustness.json or cifar100c.json."""
+    """Write accuracy by corruption and severity, and the means, as robustness.json or cifar100c.json."""
     loader = loading.batches(images, model.config.data, model.batch_size)
     kind = "cifar100c" if args.cifar100c else "robustness"
     predicted = model(loader, len(images), kind, labels_of)

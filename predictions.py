@@ -1,4 +1,4 @@
-"""What predict.py leaves behind and says: CSV files, pictures of mistakes, and tables for the terminal."""
+"""predict.py's output: CSV files, thumbnails of mistakes, and tables for the terminal."""
 
 import contextlib
 import csv
@@ -27,8 +27,8 @@ def predictions_csv(
 ) -> Iterator[Callable[[list[str], Predicted], None]]:
     """Write batches of predictions, with the rows' ids, to a CSV file as `whole_csv` does.
 
-    Its columns are the row's id, the likeliest class as a number and by name, its probability, and the numbers of the
-    five likeliest. Rows whose image could not be decoded are left out.
+    Columns: the row's id, the most likely class as index and name, its probability, and the indices of the five most
+    likely. Rows whose image could not be decoded are left out.
     """
     with whole_csv(accelerator, path, COLUMNS) as write_rows:
 
@@ -46,17 +46,17 @@ def predictions_csv(
 
 @contextlib.contextmanager
 def whole_csv(accelerator: Accelerator, path: Path, columns: tuple[str, ...]) -> Iterator[Callable]:
-    """Write rows to a CSV file, which appears when it is whole, and not at all if something goes wrong before.
+    """Write rows to a CSV file that appears only when it is complete, and not at all if something fails.
 
     Every process calls this; the main one writes.
     """
     if not accelerator.is_main_process:
         yield lambda rows: None
         return
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(os.path.realpath(path))  # a link stays a link
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path):
-        # Names of files and classes come from outside, and may be no proper Unicode.
+        # File and class names come from outside and may not be valid Unicode.
         file = unfinished.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     writer = csv.writer(file, lineterminator="\n")
 
@@ -71,14 +71,14 @@ def whole_csv(accelerator: Accelerator, path: Path, columns: tuple[str, ...]) ->
             file.close()
             os.replace(unfinished, path)
     finally:
-        with contextlib.suppress(OSError):  # what it could not write has been told
+        with contextlib.suppress(OSError):  # the error has already been raised
             file.close()
         unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Around work on files: the system's error is told as a `UserError`."""
+    """Around work on files: turn an OSError into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -86,10 +86,10 @@ def writing(path: Path):
 
 
 class Mistakes:
-    """The most confident mistakes of all batches that are added, with their images. Every process has its own."""
+    """The most confident mistakes in the batches added, with images. Each process keeps its own until `gather`."""
 
     MOST = 24
-    SIDE = 96  # pixels, at most, of their pictures
+    SIDE = 96  # pixels, longest of a thumbnail
 
     def __init__(self):
         self.heap, self.seen = [], 0
@@ -99,7 +99,7 @@ class Mistakes:
             label, predicted = int(batch.labels[row]), int(batch.classes[row, 0])
             if label in (predicted, IGNORED):
                 continue
-            # Of equally confident ones the earlier is kept.
+            # Ties go to the earlier row.
             rank = (float(batch.probabilities[row, 0]), -self.seen - row)
             if len(self.heap) < self.MOST or rank > self.heap[0][:2]:
                 push = heapq.heappush if len(self.heap) < self.MOST else heapq.heapreplace
@@ -107,11 +107,11 @@ class Mistakes:
         self.seen += len(ids)
 
     def gather(self) -> None:
-        """Bring those of all processes together; every process calls this."""
+        """Merge the mistakes of all processes; every process calls this."""
         self.heap = sorted(gather_object(self.heap), key=lambda one: one[:2], reverse=True)[: self.MOST]
 
     def write(self, folder: Path, name: str, class_names: list[str]) -> list[dict]:
-        """Save the pictures as mistakes/NAME/NN.png below the folder, the most confident first, and describe them."""
+        """Save thumbnails as mistakes/NAME/NN.png in the folder, most confident first; return a dict for each."""
         pictures, told = folder / "mistakes" / name, []
         unfinished = pictures.with_name(f".{name}.{os.getpid()}")
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the processes of a run agree on, and what each of them may use of its machine."""
+"""How a run's processes agree, and how much of its machine each of them may use."""
 
 import contextlib
 import math
@@ -16,7 +16,7 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 
 @contextlib.contextmanager
 def raised_on_all(accelerator: Accelerator):
-    """Around work that one process does or may fail at: a `UserError` in one of them is raised in all.
+    """Around work that one process may fail at: a `UserError` on one process is raised on all.
 
     Nothing inside may wait for the other processes.
     """
@@ -31,14 +31,14 @@ def raised_on_all(accelerator: Accelerator):
 
 
 def max_over_processes(accelerator: Accelerator, value):
-    """The largest of all processes' values, on every process. Waits for them, so not for each step."""
+    """The maximum over all processes, on each. Waits for them, so don't call it every step."""
     return value if accelerator.num_processes == 1 else max(gather_object([value]))
 
 
 def on_main(work: Callable):
-    """What `work` returns on the main process, for every process; a `UserError` that it raises there is raised in all.
+    """Run `work` on the main process; every process returns its result, or raises its `UserError`.
 
-    An Accelerator has to exist, unless the process is alone.
+    Needs an Accelerator, unless there is only one process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return work()
@@ -55,24 +55,24 @@ def on_main(work: Callable):
 
 
 def is_main() -> bool:
-    """Whether this is the process that reads streams, writes files and speaks."""
+    """Whether this is the process that reads streams, writes files and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def no_bar() -> bool | None:
-    """tqdm's `disable`: the main process alone shows progress, and only on a terminal, which None asks for."""
+    """tqdm's `disable`: only the main process shows progress, and only on a terminal (what None means)."""
     return None if is_main() else True
 
 
 def cores_per_process() -> int:
-    """CPU cores that this process may use, shared with its siblings: by its affinity, and its container's quota."""
+    """CPU cores this process may use: the lower of affinity and container quota, divided among siblings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, _quota())
     return max(1, int(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _quota() -> float:
-    """Cores' worth of time that Linux's control group (version 2) grants, as after `docker run --cpus 2`."""
+    """CPU time, in cores, that Linux's control group (version 2) grants, as after `docker run --cpus 2`."""
     try:
         quota, period = CPU_MAX.read_text().split()
         return int(quota) / int(period)

@@ -1,17 +1,17 @@
-"""A look at where the time of a step goes."""
+"""Profile where the time of a step goes."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch.profiler import profile, schedule
 
-WARM_UP = 3  # steps that are left out: the first ones allocate and choose algorithms
+WARM_UP = 3  # first steps, left out: they allocate and choose algorithms
 
 
 def traced(steps: Iterator, count: int, path: Path) -> Iterator:
-    """Pass an epoch's steps on, and write a trace of `count` of them, which Perfetto and Chrome open.
+    """Yield an epoch's steps, and write a trace of `count` of them, for Perfetto or Chrome.
 
-    The trace holds fewer if the epoch is shorter; there is none if it ends before the warm-up does. Says where it is.
+    The trace holds fewer if the epoch is shorter; there is none if it ends during warm-up. Prints the path.
 
     Args:
         path: the trace's file, NAME.json.gz; its folder is made.

@@ -1,8 +1,7 @@
 """From a recipe to a checked configuration: YAML read with suspicion, single values replaced, mistakes explained.
 
-A recipe (YAML) states a run's values, the command line overrides single ones (`--phases.finetune.lr 3e-5`). Both are
-merged into one tree of plain values first and checked after that, so overriding one value of one phase leaves its
-others alone.
+A recipe (YAML) states a run's values; the command line overrides single ones (`--phases.finetune.lr 3e-5`). Both are
+first merged into one tree of plain values and then checked, so overriding one value of a phase leaves its others alone.
 """
 
 import difflib
@@ -19,25 +18,25 @@ from errors import USAGE, UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = RECIPES / "resnet50.yaml"
-PATCHED = ".."  # in a run's config.yaml, between its recipe's name and what benchmarks/patches.py patched
-SHORT = reprlib.Repr()  # of values in messages
+PATCHED = ".."  # in a run's config.yaml, separates the recipe's name from patches (benchmarks/patches.py)
+SHORT = reprlib.Repr()  # shortens values in messages
 SHORT.maxstring = SHORT.maxother = 80
 
 
 def script_of(recipe: str) -> list[str]:
-    """The words that start what trains a run whose config.yaml has this `recipe`."""
+    """The script and arguments that train a run whose config.yaml has this `recipe`."""
     patches = recipe.partition(PATCHED)[2]
     return ["benchmarks/patches.py", *patches.split("."), "--"] if patches else ["train.py"]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as recipes mean it: a key is text and comes once, and nothing refers to something else.
+    """YAML for recipes: a key is text and comes once, and there are no aliases.
 
-    Left alone PyYAML silently takes the last of two equal keys, and aliases of aliases make a small file huge.
+    By itself PyYAML silently takes the last of two equal keys, and aliases of aliases make a small file huge.
     """
 
     def resolve(self, kind, value, implicit):
-        """Dates stay text, and so do 010 and 1:30, which YAML 1.1 reads as 8 and 90: a field may take 010 for ten."""
+        """Keep dates as text, and 010 and 1:30, which YAML 1.1 reads as 8 and 90: a field may then read 010 as ten."""
         tag = super().resolve(kind, value, implicit)
         misread = tag.endswith((":int", ":float")) and re.match(r"[-+]?0[0-7_]+$|.*:", value)
         return self.DEFAULT_SCALAR_TAG if misread or tag.endswith(":timestamp") else tag
@@ -63,17 +62,17 @@ def _malformed(node: yaml.Node | yaml.Event, problem: str) -> yaml.YAMLError:
 
 
 def _read(text: str):
-    """The plain values that a text means as YAML; YAMLError if it is none."""
+    """The plain values in a YAML text; YAMLError if it is malformed."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # PyYAML lets through what `!!int x` or ten thousand brackets raise
+    except Exception as error:  # PyYAML does not wrap what `!!int x` or ten thousand brackets raise
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
 def read_yaml(path: Path) -> dict:
-    """The tree of plain values in a YAML file; UserError names the file and, where it is malformed, the line."""
+    """The tree of plain values in a YAML file; UserError names the file and, if it is malformed, the line."""
     try:
         tree = _read(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -111,7 +110,7 @@ def overridden(tree: dict, overrides: dict[str, str], path: Path) -> Config:
 
 
 def _set(tree: dict, dotted: str, text: str):
-    """Put one override into the tree; its text is read as YAML reads it, so `null`, `true` and `[a, b]` work."""
+    """Put one override into the tree; its text is read as YAML, so `null`, `true` and `[a, b]` work."""
     *parents, name = dotted.split(".")
     for parent in parents:
         if not isinstance(tree.get(parent), dict):
@@ -126,10 +125,10 @@ def _set(tree: dict, dotted: str, text: str):
 
 
 def _explain(problem: dict) -> str:
-    """One pydantic error as one sentence in the words of this project."""
+    """One pydantic error as one sentence in this project's words."""
     location = [str(part) for part in problem["loc"] if part != "[key]"]
-    if not location and problem["type"] != "value_error":  # that one is of the whole
-        location = ["?"]  # pydantic hides a key that is called [key]
+    if not location and problem["type"] != "value_error":  # which may concern the whole tree
+        location = ["?"]  # the key is itself called [key], and was dropped
     field, value = ".".join(location), problem["input"]
     fields = _fields_at(location[:-1])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -163,8 +162,8 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def quoted(value) -> str:
-    """A value as messages show it, cut where it is long."""
+    """A value as messages show it, cut if it is long."""
     try:
         return SHORT.repr(value)
-    except ValueError:  # Python does not write out a number of thousands of digits
+    except ValueError:  # Python refuses to print an integer of thousands of digits
         return "a number of thousands of digits"

@@ -5,8 +5,8 @@
     python report.py runs/* --markdown                         # the comparison, for a README
     python report.py runs/* --plots plots                      # each figure as PNG and SVG
 
-Reads run folders and nothing else: config.yaml, history.jsonl, where a run is finished summary.json, and where
-predict.py has judged it predictions/. A file that is already there is replaced by a whole one or not at all.
+Reads only run folders: config.yaml, history.jsonl, summary.json of a finished run, and predictions/ of one that
+predict.py has judged. An existing output file is replaced completely or not at all.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COMPACT = ("run", "model", "phases", "best epoch", "val top-1", "test top-1", "t
 
 
 def read_runs(paths: list[Path]) -> list[Run]:
-    """Read run folders; those that share a name are called by their paths.
+    """Read run folders; those that share a name are named by their paths.
 
     Raises:
         UserError: as `read_run`, or a folder is named twice.
@@ -41,13 +41,13 @@ def read_runs(paths: list[Path]) -> list[Run]:
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     for index, run in enumerate(runs):
-        if names.count(run.name) > 1:  # paths differ in front of their ends more often than at their beginnings
+        if names.count(run.name) > 1:  # cut at the left: paths mostly differ near their ends
             runs[index] = dataclasses.replace(run, name=plain(absolute[index])[-NAME_LENGTH:])
     return runs
 
 
 def epochs_table(run: Run) -> str:
-    """One row per epoch; a phase's first epoch names it, so that the change stands out."""
+    """One row per epoch; only a phase's first epoch names it, so that changes stand out."""
     return _table(comparison.epochs(run))
 
 
@@ -82,10 +82,10 @@ def terminal(runs: list[Run]) -> str:
 
 
 def markdown(runs: list[Run], with_commands: bool = True) -> str:
-    """What a README wants: the whole comparison, the phase changes, and how the runs were made.
+    """Markdown for a README: the whole comparison, the phase changes, and how the runs were made.
 
     Args:
-        with_commands: end with the commands that train the runs again, which name files on this machine.
+        with_commands: end with the commands that retrain the runs; they hold this machine's paths.
     """
     parts = [_table(comparison.comparison(runs)), *comparison.legend(runs)]
     if changes := [f"- {sentence}" for run in runs for sentence in phase_changes(run)]:
@@ -100,9 +100,9 @@ def markdown(runs: list[Run], with_commands: bool = True) -> str:
 
 
 def _text(value) -> str:
-    """A name that somebody else chose, as Markdown without tags, further cells, or links that hide where they lead.
+    """Escape a foreign name for Markdown: no tags, no extra cells, and no links that hide where they lead.
 
-    A bare address stays one: GitHub makes a link of it that shows its target.
+    A bare URL stays as it is: GitHub makes it a link that shows its target.
     """
     text = html.escape(plain(str(value)), quote=False)
     return re.sub(r"([\\|\[])", r"\\\1", text)
@@ -123,7 +123,7 @@ def _table(table: comparison.Table) -> str:
 
 
 def write_page(runs: list[Run], path: Path) -> None:
-    """The page as one file; its folder is made if it is missing."""
+    """Write the page as one file, in a new folder if need be."""
     import page
 
     with _whole(path, "--output") as file:
@@ -131,7 +131,7 @@ def write_page(runs: list[Run], path: Path) -> None:
 
 
 def write_plots(runs: list[Run], folder: Path) -> int:
-    """Every figure as FOLDER/NAME.png and NAME.svg; how many figures there are."""
+    """Write each figure as FOLDER/NAME.png and NAME.svg; return their number."""
     import plots
 
     taken = set()
@@ -156,7 +156,7 @@ def _pictures(runs: list[Run], plots) -> Iterator:
 
 @contextlib.contextmanager
 def _whole(path: Path, option: str) -> Iterator:
-    """A file to write bytes to, that gets its name when it is complete.
+    """A file to write bytes to, which gets its name only when complete.
 
     Raises:
         UserError: it can't be written.
@@ -188,14 +188,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="print the comparison for a README, and nothing else")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write each figure there, as PNG and as SVG")
     args = parser.parse_args(sys.argv[1:])
-    if args.output and args.output.suffix.lower() not in (".html", ".htm"):  # nothing else is replaced by a page
+    if args.output and args.output.suffix.lower() not in (".html", ".htm"):  # never overwrite another file
         raise UserError(f"--output: {args.output} should end in .html", USAGE)
     return args
 
 
 def main() -> None:
     args = parse()
-    # A page that was written between the runs is among them when the shell has spelt out runs/*.
+    # A page written into runs/ is among them when the shell expands runs/*.
     skipped = [path for path in args.runs if os.path.isfile(path)]
     if len(skipped) == len(args.runs):
         raise UserError(f"{skipped[0]} is a file: name run folders, as in report.py runs/NAME", USAGE)
@@ -209,7 +209,7 @@ def main() -> None:
         print(markdown(runs))
     elif not (args.output or args.plots):
         print(terminal(runs))
-    written = sys.stderr if args.markdown else sys.stdout  # Markdown goes into a file by itself
+    written = sys.stderr if args.markdown else sys.stdout  # Markdown may be piped to a file
     if args.plots:
         print(plain(f"plots: {write_plots(runs, args.plots)} figures in {args.plots}"), file=written)
     if args.output:

@@ -1,8 +1,8 @@
-"""Run folders as data: what train.py and predict.py left there, checked on the way in. No training code, no torch.
+"""Run folders as data: what train.py and predict.py wrote there, checked when read. No training code, no torch.
 
 A run folder may come from somebody else, be unfinished, damaged or of an older version. What a report can do without is
-left out with a line in `Run.notes`; only a folder that is no run at all, or a history that can't be read, ends it. No
-file is read that lies elsewhere.
+left out with a line in `Run.notes`; only a folder that is not a run, or an unreadable history, is an error. No file
+outside the folder is read.
 """
 
 import io
@@ -19,12 +19,12 @@ from errors import USAGE, UserError
 from recipe import read_yaml
 from text import plain, shown
 
-MOST_EPOCHS = 10**6  # a larger number is damage
-LARGEST = 1e30  # of any figure: what is larger is damage, too, and no axis has room for it
+MOST_EPOCHS = 10**6  # more means damage
+LARGEST = 1e30  # of any figure: more means damage, too, and fits on no axis
 CONFIG_BYTES = 2**18  # a config.yaml has about a thousand
 JSON_BYTES = 2**26  # of a history, a summary or predictions
-THUMBNAIL_BYTES, THUMBNAIL_SIDE = 2**18, 1024  # of a picture that is read
-SHOWN_SIDE = 96  # pixels of a picture that is shown
+THUMBNAIL_BYTES, THUMBNAIL_SIDE = 2**18, 1024  # of a file that is read
+SHOWN_SIDE = 96  # pixels, as shown on the page
 FIGURES = (
     *("lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5"),
     *("step", "seconds", "images_per_second"),
@@ -33,7 +33,7 @@ SUMMARY_FIGURES = ("parameters", "test_loss", "test_top1", "test_top5")
 
 
 def number(value) -> float | None:
-    """A finite number of at most `LARGEST`, or None for whatever else stands in its place."""
+    """The value as a float, or None unless it is a number of at most `LARGEST`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) <= LARGEST else None
@@ -94,13 +94,13 @@ class Corruption(_Part):
 
 
 def suffix(tta: str | None, limit: int | None, seed: int | None) -> str:
-    """What files' names end in, so that views, quick looks and other corruptions do not replace the plain figures."""
+    """The end of a file name, so that --tta, --limit and --seed do not overwrite the plain figures."""
     parts = {"-": tta, "-limit": limit, "-seed": seed}
     return "".join(f"{name}{value}" for name, value in parts.items() if value)
 
 
 class Predictions(_Part):
-    """RUN/predictions/NAME.json. Fractions in [0, 1], loss in nats; `confusion` is counts by true, predicted class."""
+    """RUN/predictions/NAME.json. Fractions in [0, 1], loss in nats; `confusion` counts by true, predicted class."""
 
     kind: Literal["split", "robustness", "cifar100c"]
     name: Name
@@ -108,7 +108,7 @@ class Predictions(_Part):
     source: Name = "-"
     limit: Count | None = None
     tta: Name | None = None
-    epochs: Count | None = None  # that the run had finished
+    epochs: Count | None = None  # finished by the run
     seed: Count = 0  # of corruptions
     # kind "split"
     corrupt: Count = 0
@@ -138,12 +138,12 @@ class Predictions(_Part):
 
     @property
     def own(self) -> bool:
-        """Whether the run's own test split was judged, and no data chosen in its place, which the name would tell."""
+        """Whether the run's own test split was judged: other data would be part of the name."""
         return self.name.removesuffix(suffix(self.tta, self.limit, self.seed)) in ("test", "robustness", "cifar100c")
 
     @property
     def rank(self) -> tuple:
-        """Sorts what says most about a run to the front: all rows before some, one view before several, its own."""
+        """Sort key, most telling first: by kind, all rows before some, one view before several, own data first."""
         kinds = ("split", "robustness", "cifar100c")
         return kinds.index(self.kind), self.limit is not None, self.tta is not None, not self.own, self.name
 
@@ -153,14 +153,13 @@ class Predictions(_Part):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says.
+    """A run folder's content.
 
     Args:
-        history: a row per finished epoch. `phase` and `epoch` are always there; a figure that is missing, or is not
-            finite, is None.
-        summary: empty while the run goes on, for good if it crashed, and if it can't be read.
+        history: a row per finished epoch. `phase` and `epoch` are always set; missing or non-finite figures are None.
+        summary: empty if the run is unfinished or crashed, or if it can't be read.
         predictions: sorted by `Predictions.rank`.
-        notes: a line for each thing that is there and could not be read.
+        notes: a line for each item that could not be read or is outdated.
     """
 
     name: str
@@ -180,7 +179,7 @@ class Run:
         return counts
 
     def planned(self) -> int | None:
-        """The epochs of all phases of the configuration, None if it doesn't say."""
+        """The configured epochs of all phases together; None if unknown."""
         phases = self.setting("phases")
         epochs = [phase.get("epochs") if isinstance(phase, dict) else None for phase in _dict(phases).values()]
         known = epochs and all(type(count) is int and 0 < count < MOST_EPOCHS for count in epochs)
@@ -188,12 +187,12 @@ class Run:
 
     @property
     def validates(self) -> bool:
-        """Whether rows were held out of training, to choose the best epoch by."""
+        """Whether rows were held out of training to choose the best epoch."""
         return _validates(self.config)
 
     @property
     def best_epoch(self) -> dict:
-        """The epoch that best/ is of: the first with the highest validation top-1, or without validation the last.
+        """The epoch saved in best/: the first with the highest validation top-1, or without validation the last.
 
         {} if there is none.
         """
@@ -203,7 +202,7 @@ class Run:
         return max(rows, key=lambda row: row["val_top1"], default={})
 
     def is_outdated(self, found: Predictions) -> bool:
-        """Whether predictions were made while the run went on, of weights that are not in best/ any more."""
+        """Whether predictions were made during training, with weights that best/ no longer holds."""
         best = self.best_epoch
         return bool(best) and found.epochs is not None and best not in self.history[: found.epochs]
 
@@ -216,7 +215,7 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder; UserError if it is none, or if its history is damaged."""
+    """Read a run folder; UserError if it is not one, or its history is damaged."""
     try:
         _check(path / "config.yaml", path, CONFIG_BYTES)
         config = read_yaml(path / "config.yaml")
@@ -250,7 +249,7 @@ def _dict(value) -> dict:
 
 
 def _check(path: Path, folder: Path, most: int) -> None:
-    """Raise OSError or ValueError if a path, links followed, is no file below a folder, or has more bytes than that."""
+    """OSError or ValueError unless a path, links resolved, is a file below `folder` of at most `most` bytes."""
     if not _lies_in(path, folder):
         raise ValueError("it leads out of the run folder")
     status = path.stat()
@@ -339,18 +338,18 @@ def _predictions(run: Path, notes: list[str]):
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path, links followed, is below a folder."""
+    """Whether a path, links resolved, is below a folder."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # a ring of links
+    except (OSError, RuntimeError):  # a loop of links
         return False
 
 
 def thumbnail(run: Run, name: str | None) -> bytes | None:
-    """A mistake's picture as a PNG of at most 96 pixels a side, decoded and written anew; None if it can't be had.
+    """A mistake's picture, re-encoded as a PNG of at most 96 pixels a side; None if it can't be read.
 
     Args:
-        name: its path relative to RUN/predictions, as the JSON has it. It is foreign: it may not lead out of there.
+        name: its path relative to RUN/predictions, from the JSON. It is foreign: it must not lead out of there.
     """
     from PIL import Image
 
@@ -361,12 +360,12 @@ def thumbnail(run: Run, name: str | None) -> bytes | None:
             return None
         _check(path, folder, THUMBNAIL_BYTES)
         with Image.open(io.BytesIO(path.read_bytes()), formats=["PNG"]) as image:
-            if max(image.size) > THUMBNAIL_SIDE:  # told by its head, before it is decoded
+            if max(image.size) > THUMBNAIL_SIDE:  # known from its header, before decoding
                 return None
             picture = image.convert("RGB")
         picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         written = io.BytesIO()
         picture.save(written, "PNG", optimize=True)
         return written.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's, of broken PNGs
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # SyntaxError: Pillow's for broken PNGs
         return None

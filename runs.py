@@ -1,4 +1,4 @@
-"""The folder of a run: made once, owned by one process at a time, gone on with under the same configuration."""
+"""A run's folder: made once, owned by one process at a time, resumed under the same configuration."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,7 @@ from files import write_whole
 from processes import on_main, raised_on_all
 from recipe import check, read_yaml
 
-# What a resumed run may take from the command line: nothing that has left its mark on the weights. Phases that have not
-# begun are free too.
+# Options a resumed run may change; the others have shaped the weights. Phases that have not begun are free, too.
 FREE = (
     "checkpoint.",
     "clip_norm",
@@ -41,32 +40,32 @@ FREE = (
 
 @contextlib.contextmanager
 def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Iterator[Path]:
-    """The run's folder, with its config.yaml, locked for as long as the context lasts or its owner lives.
+    """The run's folder, with its config.yaml, locked until the context ends or its owner dies.
 
-    A new folder that an error, other than a signal, leaves without an epoch and a checkpoint is removed again. Every
-    process calls this.
+    If an error, not a signal, ends a new run before its first epoch or checkpoint, its folder is removed. Every process
+    calls this.
 
     Raises:
-        UserError: the folder of a new run exists, or can't be made or seen; or another process has it.
+        UserError: a new run's folder exists, or can't be made or seen; or another process holds it.
     """
     name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = resume or Path(on_main(lambda: str(config.runs_folder() / name)))
     lock, folder_made = FileLock(run / "checkpoints" / ".lock", blocking=False), not run.parent.exists()
     if not resume:
         on_main(lambda: _make(run, config, launch.environment(accelerator)))
-    on_main(lambda: _take(lock, run))
-    with raised_on_all(accelerator):
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
     try:
+        on_main(lambda: _take(lock, run))
+        with raised_on_all(accelerator):
+            if not (run / "config.yaml").is_file():
+                raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
         yield run
-    except Interrupted:  # to go on with, even if it has not come to a checkpoint
+    except Interrupted:  # keep the folder to resume, even without a checkpoint
         raise
     except BaseException:
         if accelerator.is_main_process and not resume and not begun(run):
             shutil.rmtree(run, ignore_errors=True)
             if folder_made:
-                with contextlib.suppress(OSError):  # another run has begun in it meanwhile
+                with contextlib.suppress(OSError):  # another run has begun in it
                     run.parent.rmdir()
         raise
     finally:
@@ -99,16 +98,16 @@ def _take(lock: FileLock, run: Path) -> None:
 
 
 def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: int) -> Config:
-    """Compare a resumed run's configuration with the one it was started with; print and record what changes.
+    """Compare a resumed run's configuration with the one it was started with; print and record changes.
 
     Args:
         begun: the number of phases that have begun; those after them may change.
 
     Returns:
-        The configuration to go on with.
+        The configuration to use.
 
     Raises:
-        UserError: something differs that has left its mark on the weights; both values are named.
+        UserError: a value that has shaped the weights differs; the message names both values.
     """
     path = run / "config.yaml"
     before = check(read_yaml(path), str(path))
@@ -127,7 +126,7 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
         if was == now or field.startswith(("environment.", "recipe")):
             continue
         section, _, rest = field.partition(".")
-        ordering = field == "data.keep_mb" and config.data.streaming  # what is kept is shuffled fully
+        ordering = field == "data.keep_mb" and config.data.streaming  # kept rows are shuffled fully
         if (ordering or not field.startswith(FREE)) and (section != "phases" or rest.split(".")[0] in names):
             why = " (of a stream it decides the order)" if ordering else ""
             raise UserError(
@@ -140,7 +139,7 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
     for note in notes:
         accelerator.print(f"resumed: {note}")
     if accelerator.is_main_process:
-        sharing.card_of(run).unlink(missing_ok=True)  # of an earlier end: best/ may change now
+        sharing.card_of(run).unlink(missing_ok=True)  # from an earlier end: best/ may change
     return record(config, run)
 
 
@@ -163,7 +162,7 @@ def _write(config: Config, run: Path) -> None:
 
 
 def _to_run_again(config: Config) -> str:
-    """The configuration as it is recorded: run as it is, it makes another folder and uploads nothing."""
+    """The configuration as recorded: run unchanged, it makes another folder and uploads nothing."""
     return dataclasses.replace(config, run_name=None, push_to_hub=None).to_yaml()
 
 

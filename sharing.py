@@ -1,8 +1,8 @@
-"""A run's best weights for others: the model card beside them in best/, and the upload of both to the hub.
+"""Share a run's best weights: the model card beside them in best/, and the upload of both to the hub.
 
-The card is written when a run ends, and taken away when one is resumed, since best/ may change then. It is uploaded as
-it lies there, so it may be edited before. Names of classes, columns and folders come from outside: in the card they are
-text and nothing else. The hub's token is read when it is needed and written nowhere.
+The card is written when a run ends, and removed when one is resumed, since best/ may then change. It is uploaded as it
+is, so it can be edited first. Names of classes, columns and folders come from outside: the card escapes them. The hub's
+token is read when it is needed and written nowhere.
 """
 
 import contextlib
@@ -36,17 +36,17 @@ from recipe import check as check_config
 from recipe import read_yaml
 from text import plain
 
-HERE = "local-dir:best"  # where the card's example loads from, as seen from the run's folder
-SILENCE = 60  # seconds that the hub may take to answer; it looks through what came before it does
+HERE = "local-dir:best"  # what the card's example loads, from within the run's folder
+SILENCE = 60  # seconds that the hub may take to answer, as it checks an upload first
 LOG_IN = "log in with hf auth login, or set HF_TOKEN to a token that may write"
-SHOWN = 1000  # classes that the card names
+SHOWN = 1000  # classes, at most, in the card
 AUGMENTATION = {
     "report": "padded crop, flip, colour jitter of 0.2, rotation by up to 15 degrees",
     "augmix": "padded crop, flip, AugMix without its consistency loss",
     "none": "",
 }
 MIX = {"mixup": "mixup with alpha 0.2", "cutmix": "CutMix with alpha 1 on half of the images", "none": ""}
-# All that is not harmless; an underscore is within a word, and a point within a number.
+# All but harmless characters, such as underscores in words and points in numbers.
 MARKUP = re.compile(r"(?!(?<=\d)\.\d)[^\w ,()/+%-]|(?<![^\W_])_|_(?![^\W_])")
 
 
@@ -54,11 +54,11 @@ MARKUP = re.compile(r"(?!(?<=\d)\.\d)[^\w ,()/+%-]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def check(repository: str) -> None:
-    """Tell before hours of training what would keep a run from being uploaded, as far as it can be told.
+    """Find out before hours of training what would prevent an upload, as far as possible.
 
     Raises:
-        UserError: the id is none, the libraries work offline, or there is no token that the hub knows and that may
-            write. Whether it may write there, only the upload shows.
+        UserError: the id is invalid, the libraries work offline, or there is no token that the hub knows and that may
+            write. Whether it may write to this repository, only the upload shows.
     """
     try:
         hub_id(repository)
@@ -73,7 +73,7 @@ def check(repository: str) -> None:
     token = _token()
     try:
         account = HfApi(token=token).whoami()
-    except Exception as error:  # whatever comes from the network
+    except Exception as error:  # the network raises many types
         why = _reason(error, token)
         raise UserError(
             f"--push_to_hub: the hub ({hub.endpoint()}) takes no upload ({why}); {LOG_IN}", USAGE
@@ -84,13 +84,13 @@ def check(repository: str) -> None:
 
 
 def push(run: Path, repository: str) -> str:
-    """Upload a run's best weights, their configuration and their card, in one commit; the address where they are.
+    """Upload a run's best weights, configuration and card in one commit; return the repository's URL.
 
-    A repository that is not there yet is made, as public as the account's settings say. The card of a run that has not
-    ended is made for the upload alone.
+    A missing repository is created, as public as the account's settings say. The card of an unfinished run is made only
+    for the upload.
 
     Raises:
-        UserError: the hub refused, or did not answer. The run's folder is as it was.
+        UserError: the hub refused, or did not answer. The run's folder is unchanged.
     """
     token = None
     try:
@@ -104,7 +104,7 @@ def push(run: Path, repository: str) -> str:
             api = HfApi(token=token)
             api.create_repo(repository, exist_ok=True)
             api.create_commit(repository, operations, commit_message="Weights, configuration and model card")
-    except Exception as error:  # whatever comes from the network, the disk and the libraries in between
+    except Exception as error:  # the network, the disk and the libraries between them raise anything
         raise UserError(
             f"{repository} was not uploaded to {hub.endpoint()} ({_reason(error, token)}). What is in {run} is whole; "
             f"to upload it later: python predict.py {run} --push_to_hub {repository}"
@@ -121,16 +121,16 @@ def _token() -> str:
         ) from None
     if not token:
         raise UserError(f"--push_to_hub: there is no token for the hub ({hub.endpoint()}); {LOG_IN}", USAGE)
-    if not re.fullmatch(r"[!-~]+", token):  # or the HTTP client would refuse it, and show it
+    if not re.fullmatch(r"[!-~]+", token):  # the HTTP client would refuse it, and show it
         raise UserError(f"--push_to_hub: the hub's token holds characters that no token has; {LOG_IN}", USAGE)
     return token
 
 
 @contextlib.contextmanager
 def _patiently_and_quietly():
-    """Around an upload: other limits than for what is read, and no warnings of requests that are repeated.
+    """Around an upload: a timeout of its own, and no warnings about retried requests.
 
-    The warnings show addresses, and those that weights are sent to are signed: as good as a password.
+    Those show URLs, and the ones that weights are uploaded to are signed: as good as a password.
     """
     loudness = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -146,7 +146,7 @@ def _patiently_and_quietly():
 
 
 def _reason(error: Exception, token: str | None) -> str:
-    """What went wrong, without addresses and without the token."""
+    """What went wrong, without URLs and without the token."""
     while not isinstance(error, HfHubHTTPError) and error.__cause__:
         error = error.__cause__
     said = first_line(error)
@@ -165,7 +165,7 @@ def card_of(run: Path) -> Path:
 
 
 def write_card(run: Path) -> None:
-    """Write the model card of a run that has ended; UserError if a file of its folder is missing or damaged."""
+    """Write the model card of a finished run; UserError if a file of its folder is missing or damaged."""
     text = read_card(run)
     try:
         write_whole(card_of(run), text)
@@ -174,7 +174,7 @@ def write_card(run: Path) -> None:
 
 
 def read_card(run: Path) -> str:
-    """The model card of a run, from what its folder says.
+    """The model card of a run, made from its folder.
 
     Raises:
         UserError: a file of the folder is missing or damaged.
@@ -184,7 +184,7 @@ def read_card(run: Path) -> str:
     summary = _read(run / "summary.json") if (run / "summary.json").exists() else {}
     try:
         if summary and summary.get("epochs") != len(history):
-            summary = {}  # of an earlier end: the run was resumed with another phase, and best/ may be newer
+            summary = {}  # outdated: the run was resumed with another phase, and best/ may be newer
         return card(config, best, history, summary)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
@@ -192,7 +192,7 @@ def read_card(run: Path) -> str:
 
 
 def _read(path: Path):
-    """The value of a .json file, or those of a .jsonl file's lines."""
+    """A .json file's value, or a list of a .jsonl file's values."""
     try:
         text = path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
@@ -201,7 +201,7 @@ def _read(path: Path):
 
 
 def card(config: Config, best: dict, history: list[dict], summary: dict) -> str:
-    """The model card as Markdown with a YAML head.
+    """The model card as Markdown with YAML metadata.
 
     Args:
         best: best/config.json.
@@ -275,7 +275,7 @@ def _figures(config: Config, summary: dict) -> list[Figure]:
 
 
 def _head(config: Config, kind: str, source: str, base_model: str | None, figures: list[Figure]) -> str:
-    """What the hub reads of a card, as YAML."""
+    """The card's metadata, as YAML."""
     results = [
         EvalResult(
             task_type="image-classification",
@@ -331,11 +331,11 @@ def _augmentation(config: Config) -> str:
 
 
 def _source(config: Config) -> tuple[str, str]:
-    """What kind of source the data are from, and its name: of a path no more than its last component."""
+    """The data source's kind and name; of a path, the name is only the last component."""
     source = config.data.source
     try:
         kind = config.data.kind
-    except UserError:  # it was there when the run began
+    except UserError:  # it has gone since the run began
         kind = "local"
     if kind == "hub":
         return kind, source
@@ -345,7 +345,7 @@ def _source(config: Config) -> tuple[str, str]:
 
 
 def _origin(config: Config, cfg: dict) -> tuple[str, str | None]:
-    """What the weights started from, in words, and its repository on the hub if it has one."""
+    """What the weights started from, in words, and its hub repository if it has one."""
     if config.model.weights:
         return f"local weights, {Path(config.model.weights).name}", None
     if config.model.pretrained:
@@ -383,16 +383,16 @@ def _numbers(values) -> str:
 
 
 def _table(head: tuple[str, ...], rows) -> str:
-    """A Markdown table. What is in its cells is text."""
+    """A Markdown table whose cells are escaped."""
     lines = [head, ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _line(value) -> str:
-    """Foreign text on one line, without gaps."""
+    """Foreign text on one line, single-spaced."""
     return " ".join(plain(str(value)).split())
 
 
 def _text(value) -> str:
-    """Foreign text as Markdown that shows it and does nothing: every sign that could mean something is a reference."""
+    """Foreign text as inert Markdown: every character that may be markup becomes a character reference."""
     return MARKUP.sub(lambda sign: f"&#{ord(sign[0])};", _line(value))

@@ -1,6 +1,6 @@
 """Where rows come from: the splits of a hub dataset, of parquet, of a folder of images or of the embedded drawings.
 
-All as `datasets` has them, streamed or memory-mapped; what is in their columns is not looked at.
+All are `datasets` objects, streamed or memory-mapped; columns.py looks into their columns.
 """
 
 import glob
@@ -20,7 +20,7 @@ from errors import USAGE, UserError, first_line
 
 
 def open_splits(config: DataConfig) -> Mapping:
-    """All splits of the source by name, streamed or memory-mapped; None for a subfolder that no option names.
+    """All splits of the source by name, streamed or memory-mapped; None for subfolders that no option names.
 
     Raises:
         UserError: the source can't be loaded.
@@ -38,7 +38,7 @@ def open_splits(config: DataConfig) -> Mapping:
                 return dict.fromkeys(others)
             splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
             return dict.fromkeys(others) | splits
-        if streams and hub.data_offline():  # a stream has no cache; what was downloaded earlier is read as one
+        if streams and hub.data_offline():  # streams are not cached: stream an earlier download instead
             return {name: split.to_iterable_dataset() for name, split in datasets.load_dataset(config.source).items()}
         return datasets.load_dataset(config.source, streaming=streams)
     except UserError:
@@ -57,7 +57,7 @@ def open_splits(config: DataConfig) -> Mapping:
 
 
 def embedded_splits(rows: int, streams: bool) -> dict:
-    """So many drawings to train on, and a fifth as many to test with."""
+    """`rows` drawings to train on, and a fifth as many to test on."""
     features = Features(
         img=Image(),
         fine_label=ClassLabel(names=embedded.FINE_NAMES),
@@ -83,17 +83,17 @@ def _draw(starts: list[int], split: str, rows: int):
 
 
 def _class_folders(config: DataConfig) -> tuple[dict[str, str], list[str]]:
-    """Of a folder of images the patterns of its splits' files, and other subfolders that may be splits, for messages.
+    """The file patterns of an image folder's splits, and the subfolders that look like splits, for messages.
 
-    A split is a subfolder of a wanted name that has folders, one a class, or a table of labels (metadata.csv, .jsonl).
-    Where there is none all files are of the split train. Left to find the splits itself, `datasets` goes by words
-    anywhere in a path: a class called train, or test_tube, is a split to it, and rows of other splits get into it.
+    A split is a subfolder with a wanted name that holds one folder per class or a table of labels (metadata.csv,
+    .jsonl). If there is none, all files belong to the split train. By itself `datasets` looks for words anywhere in a
+    path: it takes a class called train, or test_tube, for a split, and mixes rows of other splits into it.
     """
 
     def subfolders(of: Path) -> list[Path]:
         try:
             found = sorted(of.iterdir())
-        except OSError:  # of somebody else's, such as lost+found
+        except OSError:  # not ours to read, such as lost+found
             return []
         return [path for path in found if path.is_dir() and not path.name.startswith((".", "__"))]
 
@@ -108,7 +108,7 @@ def _class_folders(config: DataConfig) -> tuple[dict[str, str], list[str]]:
             raise UserError(
                 f"data.source: {folder} has no folder '{config.train_split}', but {path} has: name that one"
             )
-    if inside and like_splits == inside:  # no class has images of its own
+    if inside and like_splits == inside:  # none can be a class folder
         return {}, [path.name for path in inside]
     return {"train": f"{glob.escape(str(folder))}/**"}, []
 
@@ -117,8 +117,8 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
     """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet.
 
     Raises:
-        UserError: one of them is no parquet, they do not agree about their classes, or a split has no rows. Only the
-            files' ends are read for that.
+        UserError: a file is not parquet or has unknown column types, files disagree about their classes, or a split
+            has no rows. Only the files' footers are read.
     """
     path = Path(source).expanduser()
     names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
@@ -133,12 +133,12 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
         rows[split] = rows.get(split, 0) + end.num_rows
         try:
             features = Features.from_arrow_schema(end.schema.to_arrow_schema())
-        except Exception as error:  # types of a newer `datasets`, or a description that is none
+        except Exception as error:  # types of a newer `datasets`, or broken metadata
             raise UserError(
                 f"data.source: {name} has columns that this `datasets` can't read: {first_line(error)}"
             ) from error
         for column, feature in features.items():
-            # `datasets` takes the names of one file for all of them, and labels would silently change their meaning.
+            # `datasets` uses one file's class names for all files, which would silently change what labels mean.
             if isinstance(feature, ClassLabel) and feature.names != classes.setdefault(column, feature.names):
                 odd = [one for one in feature.names if one not in classes[column]][:5]
                 how = f"it has {', '.join(odd)} besides" if odd else f"{len(feature.names)} in an order of its own"
@@ -152,7 +152,7 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
 
 
 def _check_pages(source: str) -> None:
-    """UserError that names the first file with a page that can't be read, where `datasets` would name none."""
+    """Raise a UserError that names the first file with an unreadable page; `datasets` names none."""
     for name in (name for names in _parquet_files(source).values() for name in names):
         try:
             for _ in pa.parquet.ParquetFile(name).iter_batches():
@@ -162,7 +162,7 @@ def _check_pages(source: str) -> None:
 
 
 def pick(splits: Mapping, name: str, option: str, source: str):
-    """A split by its name; UserError tells which there are."""
+    """A split by its name; UserError lists the names there are."""
     if name not in splits:
         remedy = ", or null to do without test figures" if option == "data.test_split" else ""
         raise UserError(

@@ -1,7 +1,7 @@
-"""Splits that are read as they arrive: by the main process alone, which hands the others their batches.
+"""Splits that are read as they arrive, by the main process alone, which dispatches batches to the others.
 
-What the first epoch of training reads stays in memory if it fits in `data.keep_mb`, decoded as far as that fits, too.
-Later epochs and validation then read nothing more, and rows are shuffled fully instead of within a buffer.
+What the first training epoch reads stays in memory if it fits in `data.keep_mb`, decoded as far as that fits, too.
+Later epochs and validation then read nothing more, and rows are shuffled fully, not just within a shuffle buffer.
 """
 
 import os
@@ -21,21 +21,21 @@ from errors import USAGE, UserError, first_line
 from processes import is_main
 
 MB = 2**20  # bytes
-CHUNK = 64  # rows that are read at once
-AHEAD = 8  # chunks that are read before they are wanted
-CONNECTIONS = 16  # files that are fetched at once, where each image is one
+CHUNK = 64  # rows read at once
+AHEAD = 8  # chunks read in advance
+CONNECTIONS = 16  # files fetched at once, if each image is its own file
 
 
 class Stream(Sampler):
-    """A split whose every pass reads its rows, a little ahead of whoever wants them.
+    """A split that is read anew in each pass, a little ahead of its consumer.
 
-    Rows come as dicts, their images as {"bytes", "path"}; where they are kept, as pixels. It is a sampler because a
-    loader's workers decode what is read here: to `loading.RowsAsIndices` the rows themselves are the indices.
+    Rows are dicts, with images as {"bytes", "path"}. It is a sampler so that a loader's workers can decode what the
+    main process reads here: for `loading.RowsAsIndices` the rows themselves are the indices.
 
     Args:
-        rows: with undecoded images.
-        image: their column.
-        source: its name, for messages.
+        rows: rows with undecoded images.
+        image: the image column.
+        source: the source's name, for messages.
     """
 
     def __init__(self, rows: IterableDataset, image: str, source: str):
@@ -43,7 +43,7 @@ class Stream(Sampler):
         self.looked_at, self.begun = [], None
 
     def look(self) -> Iterator[dict]:
-        """Rows from the first on. The next pass goes on behind them, so that nothing is read twice."""
+        """Rows from the first on. The next pass yields them again, then reads on: nothing is read twice."""
         self.begun = iter(self.rows)
         for row in self.begun:
             self.looked_at.append(row)
@@ -81,36 +81,36 @@ class Stream(Sampler):
 
 
 class TrainingStream:
-    """A training split that arrives in one pass for both of its parts, training rows and validation rows.
+    """A training split whose training rows and validation rows are both read in one pass.
 
     Args:
         held_out: whether an image's bytes make its row a validation row.
-        config: says how far rows are shuffled while they arrive, and how many are kept.
-        seed: of the order.
+        config: sets the shuffle buffer and how much is kept in memory.
+        seed: seeds the order.
     """
 
     def __init__(
         self, rows: IterableDataset, image: str, held_out: Callable[[bytes], bool], config: DataConfig, seed: int
     ):
-        # Several shards are mixed by threads whose end costs 5 seconds an epoch; one shard needs none.
+        # Mixing several shards takes threads, which cost 5 seconds an epoch to stop; one shard needs none.
         mixed = min(10, rows.num_shards)
         shuffled = rows.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
         self.in_order, self.shuffled = (Stream(each, image, config.source) for each in (rows, shuffled))
         self.image, self.held_out, self.seed = image, held_out, seed
         self.keep_mb, self.batch_size = config.keep_mb, config.batch_size
         self.kept: dict[bool, list[dict]] = {}  # training rows under False, validation rows under True
-        self.whole = self.too_large = False  # all rows are kept; there are too many to keep
-        self.decoded = False  # all rows are kept, as pixels
+        self.whole = self.too_large = False  # all rows are kept; they are too large to keep
+        self.decoded = False  # all rows are kept as pixels
         self.training, self.validation = Part(self, validation=False), Part(self, validation=True)
-        said = (rows.info.splits or {}).get(rows.split)  # by the dataset's own description, if that has them
+        said = (rows.info.splits or {}).get(rows.split)  # the dataset's own description, if there is one
         trained = 1 if config.folds is None else 1 - 1 / config.folds
-        self.expected = round(said.num_examples * trained) if said and said.num_examples else None  # about
+        self.expected = round(said.num_examples * trained) if said and said.num_examples else None  # estimate
 
     def rows_of(self, validation: bool, epoch: int) -> Iterator[dict]:
-        """The validation rows, or an epoch's training rows in its order.
+        """The validation rows, or an epoch's training rows in that epoch's order.
 
         Raises:
-            UserError: there are too few of them, which is known at their end.
+            UserError: there are too few; known only at the end.
         """
         assert is_main(), "the loader has to be one whose batches are dispatched"
         rows = 0
@@ -134,7 +134,7 @@ class TrainingStream:
         return (row for row in (self.in_order if validation else self.shuffled) if self._is_held_out(row) == validation)
 
     def _first_pass(self) -> Iterator[dict]:
-        """The first epoch's training rows. At their end either all rows are kept or none."""
+        """The first epoch's training rows. At the end either all rows are kept or none."""
         limit, size, self.kept = self.keep_mb * MB, 0, {False: [], True: []}
         for row in self.shuffled:
             held_out, size = self._is_held_out(row), size + len(row[self.image]["bytes"])
@@ -157,14 +157,14 @@ class TrainingStream:
             )
 
     def _decode(self, room: int) -> int:
-        """Put pixels in the place of what is kept encoded as long as there is room, and tell in how many rows."""
+        """Replace encoded images by pixels while `room` (bytes) lasts; returns the number of rows decoded."""
         rows, decoded = [row for part in self.kept.values() for row in part], 0
         for row in tqdm(rows, "decoding", unit=" images", leave=False, disable=None):
             encoded = row[self.image]
             try:
                 pixels = np.array(decode(encoded))
             except CorruptImage:
-                continue  # it stays as it came, and is told of, or skipped, where it is wanted
+                continue  # stays encoded; reported or skipped when the row is used
             room -= pixels.nbytes - len(encoded["bytes"])
             if room < 0:
                 break
@@ -187,7 +187,7 @@ class TrainingStream:
 
 
 class Part(Sampler):
-    """The training rows or the validation rows of a `TrainingStream`."""
+    """The training rows or the validation rows of a `TrainingStream`; images kept decoded come as pixels."""
 
     def __init__(self, stream: TrainingStream, validation: bool):
         self.stream, self.is_validation, self.epoch = stream, validation, 0
@@ -205,7 +205,7 @@ class Part(Sampler):
 
 
 class First(Sampler):
-    """The first rows of a stream alone."""
+    """Only the first `count` rows of a stream."""
 
     def __init__(self, rows: Sampler, count: int):
         self.rows, self.count = rows, count
@@ -217,5 +217,5 @@ class First(Sampler):
 
 
 def _processes() -> int:
-    """How many share each batch. Accelerate fills an evaluation's last one up, for which it takes a row from each."""
+    """How many share each batch. Accelerate pads evaluation's last batch with that many rows: a pass needs them."""
     return int(os.environ.get("WORLD_SIZE", "1"))

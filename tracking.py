@@ -1,4 +1,4 @@
-"""Where a run's figures go: history.jsonl always, W&B if wanted, and the console."""
+"""Where a run's metrics go: history.jsonl always, W&B if wanted, and the console."""
 
 import contextlib
 import dataclasses
@@ -27,28 +27,28 @@ from phases import RunState
 from processes import no_bar, on_main
 
 PROJECT = "phases"  # W&B's project
-WANDB_TIMEOUT = 15  # seconds that W&B may take to connect before the run goes on offline
-WANDB_PATIENCE = 60  # seconds that a finished run waits for what W&B has not uploaded yet
-READ_EVERY = 20  # steps between two looks at the loss: each one waits for the device
+WANDB_TIMEOUT = 15  # seconds W&B may take to connect before the run continues offline
+WANDB_PATIENCE = 60  # seconds a finished run waits for W&B to finish its uploads
+READ_EVERY = 20  # steps between reads of the loss; each waits for the device
 
 
 class Tracking:
-    """The figures' way out of one run, as a context. Every process calls it; the main one writes.
+    """Records one run's metrics; a context manager. Every process calls it; the main one writes.
 
     Args:
-        state: where the run is. Later epochs are taken out of history.jsonl, since they will be trained again, and W&B
-            goes on under the same id.
+        state: where the run is. Later epochs are removed from history.jsonl, since they will be trained again, and W&B
+            continues under the same id.
 
     Raises:
-        UserError: history.jsonl can't be read, lacks epochs that the run has finished, or has some but no checkpoint.
+        UserError: history.jsonl can't be read, lacks finished epochs, or has epochs while there is no checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, run: Path, state: RunState):
         self.accelerator = accelerator
         self.history = run / "history.jsonl"
         on_main(lambda: _forget_later_epochs(self.history, state))
-        self.last: tuple[Step, str, int] | None = None  # the newest step, its epoch's title, its number there
-        self.images_per_second: float | None = None  # of the newest epoch's training
+        self.last: tuple[Step, str, int] | None = None  # the newest step, its epoch's title, its number in it
+        self.images_per_second: float | None = None  # training speed, newest epoch
         self.batch_size = config.data.batch_size
         self.phases = {name: phase.epochs for name, phase in config.phases.items()}
         self.tracker_works = config.tracking == "wandb"
@@ -63,15 +63,15 @@ class Tracking:
             import wandb
 
             self._tell_tracker(partial(wandb.finish, exit_code=int(kind is not None)))
-            with contextlib.suppress(Exception):  # a service that is gone can't be closed; W&B would try again at exit
+            with contextlib.suppress(Exception):  # fails if the service is gone; without it W&B would retry at exit
                 wandb.teardown()
         self.accelerator.trackers.clear()
 
     def watch(self, steps: Iterator[Step], title: str, images: int | None, made: int = 0) -> Iterator[Step]:
-        """Pass an epoch's steps on, with a progress bar on a terminal (`images` is its length, None if unknown).
+        """Yield an epoch's steps, with a progress bar on a terminal (`images` is its length, None if unknown).
 
         Args:
-            made: steps of this epoch that were made before the run was resumed.
+            made: steps of this epoch made before the run was resumed.
 
         Raises:
             UserError: the loss is no longer finite.
@@ -91,7 +91,7 @@ class Tracking:
         self.check_finite()
 
     def check_finite(self) -> None:
-        """Wait for the device; UserError if the loss has not been finite since some step of this epoch."""
+        """Wait for the device; UserError if the loss became non-finite in some step of this epoch."""
         if self.last is None:
             return
         step, title, number = self.last
@@ -101,7 +101,7 @@ class Tracking:
             )
 
     def check_validated(self, loss: float, title: str) -> None:
-        """UserError if an epoch's validation loss is not finite, as of weights whose last update was one too many."""
+        """UserError if an epoch's validation loss is not finite, as when the last update made the weights diverge."""
         if not math.isfinite(loss):
             self._diverged(f"the validation loss is not finite after {title}, whose weights are not kept")
 
@@ -117,20 +117,20 @@ class Tracking:
     def epoch(
         self, phase: str, state: RunState, lr: float, trained: dict, validated: dict, seconds: float, best: bool
     ) -> None:
-        """Record an epoch that has just ended as a row of history.jsonl, and print its line.
+        """Record a finished epoch as a row of history.jsonl, and print its line.
 
         Args:
-            state: the run's, that epoch included.
-            lr: that it was trained with.
+            state: the run's, this epoch included.
+            lr: its learning rate.
             trained, validated: `loss`, `top1`, `top5` and, if there were any, the number of `corrupt` images.
-            seconds: what it took, with its validation.
+            seconds: its duration, with validation.
         """
         counts = {"epoch": state.epoch, "phase_epoch": state.phase_epoch, "step": state.step}
         row = {"phase": phase} | counts | {"lr": lr}
         row |= {f"train_{key}": value for key, value in trained.items()}
         row |= {f"val_{key}": value for key, value in validated.items()}
         row |= {"seconds": seconds, "images_per_second": self.images_per_second}
-        # Of this phase, if it is not stopped early: how long the epochs of later ones take nobody knows yet.
+        # Of this phase, unless it stops early: how long later phases' epochs take is not known yet.
         row["seconds_left"] = 0 if state.stopped else (self.phases[phase] - state.phase_epoch) * seconds
         row |= peak_memory(self.accelerator)
         for what, figures in (("training", trained), ("validation", validated)):
@@ -166,7 +166,7 @@ class Tracking:
         self._tell_tracker(lambda: self.accelerator.log(figures))
 
     def _tell_tracker(self, tell) -> None:
-        """The tracker may die; training goes on without it, and says so once."""
+        """Call the tracker. If it dies, say so once and train on without it."""
         if not self.tracker_works:
             return
         try:
@@ -177,12 +177,12 @@ class Tracking:
 
 
 def _forget_later_epochs(history: Path, state: RunState) -> None:
-    """Take out of history.jsonl what will be trained again."""
+    """Truncate history.jsonl to the epochs that are kept."""
     try:
         lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
     except (OSError, ValueError) as error:
         raise UserError(f"{history} can't be read ({first_line(error)}); put it back") from error
-    if not state.step and len(lines) > 1:  # one is what an end before the first checkpoint leaves
+    if not state.step and len(lines) > 1:  # a run killed before its first checkpoint leaves one
         raise UserError(
             f"{history} holds {len(lines)} epochs, but there is no checkpoint to go on from: put checkpoints/ back, or "
             "start a new run"
@@ -193,14 +193,14 @@ def _forget_later_epochs(history: Path, state: RunState) -> None:
 
 
 def _duration(seconds: float) -> str:
-    """As a person says it: 40 s, 12 min, 3.5 h; nothing for none."""
+    """Human-readable: 40 s, 12 min, 3.5 h; empty for 0."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds else ""
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id: str) -> None:
-    """Start W&B online if there is a key and an answer, otherwise offline, with one line that says how to sync."""
+    """Start W&B online if there is a key and it answers, otherwise offline, with a line that says how to sync."""
     import wandb
 
     settings = wandb.Settings(
@@ -223,13 +223,13 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
         start()
     except Exception as error:  # CommError, UsageError, AuthenticationError and others
         go_offline(f"it can't be reached ({first_line(error)})")
-        accelerator.trackers.clear()  # of the half-made one, whose end would raise another error
+        accelerator.trackers.clear()  # the half-started one would raise again when closed
         wandb.teardown()
         start()
 
 
 def _has_key() -> bool:
-    """Whether W&B will find a key: in the environment, or in the one netrc file that it looks into."""
+    """Whether W&B will find a key: in the environment, or in the one netrc file that it reads."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc

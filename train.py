@@ -4,7 +4,7 @@
     accelerate launch --mixed_precision bf16 train.py                     # the same in bf16, on a GPU or a CPU
     accelerate launch --multi_gpu --num_processes 4 train.py              # the same on four GPUs
     accelerate launch train.py --config recipes/deep_cnn.yaml --seed 1    # another recipe, one value overridden
-    accelerate launch train.py --resume runs/NAME                         # go on where a run was stopped or killed
+    accelerate launch train.py --resume runs/NAME                         # continue a stopped or killed run
     python train.py --help                                                # every option
 
 A run is a model, a data source and a list of phases. A phase says which modules train, for how many epochs and how;
@@ -18,8 +18,8 @@ from errors import Interrupted, reported
 
 if __name__ == "__main__":
     with reported():
-        CONFIG, RESUME = parse()  # --help and misspelt options are answered here, before torch takes its seconds
-        hub.check(CONFIG, RESUME)  # and the libraries must know before they are imported whether there is a hub
+        CONFIG, RESUME = parse()  # answers --help and misspelt options before torch takes its seconds
+        hub.check(CONFIG, RESUME)  # the libraries read at import time whether to work offline
 
 import contextlib
 import time
@@ -47,18 +47,18 @@ from phases import EarlyStopping, RunState, Schedule, make_optimizer
 from processes import on_main
 from tracking import Tracking
 
-NOT_JUDGED = {"loss": None, "top1": None, "top5": None}  # what is not held out, or not there
+NOT_JUDGED = {"loss": None, "top1": None, "top5": None}  # for a split that does not exist
 
 
 def train(config: Config, resume: Path | None = None) -> Path:
     """Run all phases of a configuration and return the run folder, with its summary.json.
 
     Args:
-        resume: a run folder to go on with from its newest checkpoint.
+        resume: a run folder, to continue from its newest checkpoint.
 
     Raises:
-        UserError: anything that the user can mend, from a missing column to a diverging loss.
-        Interrupted: a signal came; everything up to its step is in a checkpoint.
+        UserError: anything the user can fix, from a missing column to a diverging loss.
+        Interrupted: a signal came; a checkpoint holds everything up to that step.
     """
     accelerator = launch.make_accelerator(config)
     if config.push_to_hub:
@@ -72,7 +72,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             config = runs.check_changes(accelerator, config, run, begun=state.phase + 1 if saved else 0)
         share, micro_batch_size = launch.share_of_batch(config, accelerator)
 
-        # Data come before the model: its head and its input depend on them.
+        # Data come before the model, whose head and input depend on them.
         start = models.without_weights(config.model) if saved else config.model
         models.check(start)
         source = data.load(config.data, config.seed)
@@ -89,7 +89,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             saved.check_same("data", facts["data"])
             model.pretrained_cfg = facts["pretrained_cfg"] = saved.facts["pretrained_cfg"]
         for phase in config.phases.values():
-            models.freeze_all_but(model, phase.modules)  # a misspelt module is told now, not after the first phase
+            models.freeze_all_but(model, phase.modules)  # reports a misspelt module now, not after the first phase
         set_seed(config.seed, device_specific=True)
         augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         if config.data.micro_batch_size == "auto":
@@ -101,7 +101,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             augmentation = graphs.Replayed(augmentation)
         launch.tune_allocator(accelerator.device)
         accelerator.gradient_accumulation_steps = share // micro_batch_size
-        if config.sync_batch_norm:  # not before the trial steps, in which processes must not wait for one another
+        if config.sync_batch_norm:  # only after the trial steps, in which processes must not wait for one another
             model = models.synchronised(model)
 
         accelerator.print(f"{config.to_yaml()}\nrun: {run}\ndata: {data.describe(source, config.data)}")
@@ -145,19 +145,19 @@ def train(config: Config, resume: Path | None = None) -> Path:
                 if state.phase_epoch:
                     schedule.load_state_dict(state.schedule)
                     stopping = EarlyStopping(**state.early_stopping)
-                saved = None  # the next phase goes on from this one
+                saved = None  # restored once, not in later phases
             precision = accelerator.mixed_precision
             folded = folding.fold(bare(accelerator, model), size, precision)
             recorded = config.cuda_graphs and graphs.record(accelerator, model, (micro_batch_size, 3, *size))
             accelerator.print(describe_phase(config, name, model, precision, folded, recorded))
 
-            profile = config.profile  # of the first epoch of this phase that is trained here from its beginning
+            profile = config.profile  # for the first epoch of this phase trained here from its start
             while state.phase_epoch < phase.epochs and not state.stopped:
                 title, lr = f"phase {name}, epoch {state.epoch + 1}", optimizer.param_groups[0]["lr"]
                 began = time.perf_counter() - state.epoch_seconds  # as if a resumed epoch had not been interrupted
                 train_loader.set_epoch(state.epoch)
                 loading.stop_idle_workers(source, train_loader, val_loader)
-                # Resumed in mid-epoch, pass over what has been trained on, which draws no random numbers.
+                # If resumed in mid-epoch, skip what was trained on before. That draws no random numbers.
                 rest = loading.skip_batches(accelerator, train_loader, state.epoch_step)
                 steps = train_epoch(
                     accelerator, model, rest, augmentation, optimizer, metrics, micro_batch_size, config.clip_norm, mix
@@ -183,7 +183,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     checkpoints.save(state, metrics)
                     raise
 
-                # From here on every process has the same figures, and so takes the same decisions.
+                # From here on every process has the same metrics and so makes the same decisions.
                 trained, seconds = metrics.compute(gather_object), time.perf_counter() - began
                 schedule.step(validated["top1"])
                 best = state.end_epoch(validated["top1"], seconds, schedule, stopping)
@@ -199,8 +199,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
             model = unwrap(accelerator, model)
             folding.unfold(model)
 
-        # The test split is read here for the first and only time, with the weights that were best on validation
-        # (without folds, with the last ones).
+        # The test split is read here for the first and only time, with the weights that did best on validation
+        # (without folds, the last ones).
         checkpoint.load_best(model, run)
         tested = NOT_JUDGED
         if source.test is not None:
@@ -215,7 +215,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         if accelerator.is_main_process:
             sharing.write_card(run)
         accelerator.print(describe_summary(summary, run))
-    # Here the run is whole, unlocked and told to the tracker, and no other process waits for the upload's end.
+    # By now the run is complete, unlocked and logged, and no other process waits for the upload to end.
     if config.push_to_hub and accelerator.is_main_process:
         print(f"uploaded: {sharing.push(run, config.push_to_hub)}")
     return run

@@ -1,13 +1,13 @@
-"""What do several processes pay for the same gradients: how many bytes, how much of a step?
+"""What does it cost to share gradients between processes: how many bytes, how much of a step?
 
     python benchmarks/allreduce.py                              # ResNet-50's two phases on 1, 2 and 4 processes
     python benchmarks/allreduce.py --processes 2 --batch_size 64
 
-For each number of processes torch's elastic launcher starts them on this machine. Each holds its share of the batch on
-its device and makes steps of forward, backward and optimizer, in turns with its gradients reduced over the processes,
-as in training, and without. On a CPU (gloo) the bytes that a step sends are counted at the loopback interface, beside
-those that it needs, all processes together: a ring takes 2 (processes - 1) times the size of what trains, and batch
-norms' statistics go from the main process to the others before each forward pass.
+For each number of processes, torch's elastic launcher starts them on this machine. Each keeps its share of the batch on
+its device and makes forward, backward and optimizer steps, alternately with gradients all-reduced, as in training, and
+without. On a CPU (gloo) the bytes sent per step are counted at the loopback interface, beside the bytes needed, both
+over all processes: a ring takes 2 (processes - 1) times the size of the trained parameters, and batch-norm statistics
+go from the main process to the others before each forward pass.
 """
 
 import argparse
@@ -22,18 +22,18 @@ import turns
 
 from errors import reported
 
-STEPS = 4  # that are counted in a block
+STEPS = 4  # counted per block
 PHASES = ("resnet50:head", "resnet50:finetune")
 
 
 def loopback_bytes() -> int | None:
-    """Bytes that were sent over loopback so far, where Linux counts them."""
+    """Bytes sent over loopback so far; None where Linux doesn't count them."""
     path = Path("/sys/class/net/lo/statistics/tx_bytes")
     return int(path.read_text()) if path.exists() else None
 
 
 def measure(args) -> None:
-    """In each process: the phases, and a row for each from the first."""
+    """In each process: measure the phases; the main one prints a row each."""
     import torch
     from torch.nn import functional as F
 
@@ -61,7 +61,7 @@ def measure(args) -> None:
         for number in range(2 * args.blocks + 2):
             reduced = not number % 2
             with contextlib.nullcontext() if reduced else accelerator.no_sync(prepared):
-                # The first step of a block has what DDP left to it from the block before, and is not counted.
+                # The first step of a block does what DDP left over from the block before: not counted.
                 for step in range(STEPS + 1):
                     if step <= 1:
                         accelerator.wait_for_everyone()
@@ -73,7 +73,7 @@ def measure(args) -> None:
                     torch.cuda.synchronize()
             took = (time.perf_counter() - began) / STEPS
             accelerator.wait_for_everyone()
-            if number >= 2:  # the first of each kind warm up
+            if number >= 2:  # the first of each kind is a warm-up
                 seconds[reduced].append(took)
                 if reduced and before is not None:
                     sent.append((loopback_bytes() - before) / STEPS)

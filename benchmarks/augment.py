@@ -1,10 +1,10 @@
-"""How fast is the augmentation, batched on the device, beside torchvision's on PIL images one by one?
+"""How fast is the augmentation, batched on the device, against torchvision's on single PIL images?
 
     python benchmarks/augment.py            # prints the rates and their ratios to torchvision's
 
-The report's augmentation by both, and AugMix batched, with normalisation, on the same 32x32 images, alternately, on as
-many threads as torch takes for itself (torchvision's way uses one core; a loader would run one such worker per core).
-Absolute rates depend on the machine; the ratios of medians, measured side by side, are what counts.
+Runs the report's augmentation both ways, and AugMix batched, each with normalisation, alternately on the same 32x32
+images, with torch's default number of threads (torchvision's way uses one core; a loader would run one such worker per
+core). Absolute rates depend on the machine; what counts are the ratios of medians, measured side by side.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
             began = time.perf_counter()
             for _ in range(args.batches):
                 run()
-            if round_number:  # the first warms up
+            if round_number:  # the first is a warm-up
                 rates[name].append(args.batches * args.batch_size / (time.perf_counter() - began))
     usual = statistics.median(rates["torchvision, image by image"])
     for name, values in rates.items():

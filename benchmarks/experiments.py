@@ -1,6 +1,6 @@
 """Patches that change what is learned: the report's faults, put back to show what each costs, and tricks.
 
-A trick becomes an option of train.py when a recipe is meant to have it (docs/results.md says what it brings).
+A trick becomes an option of train.py once a recipe should use it (docs/results.md says what it gains).
 """
 
 import patching
@@ -9,7 +9,7 @@ import speed
 from errors import UserError
 
 AUGMENTING = ("trivial_augment", "erasing", "noise_and_blur", "unaugmented")  # on top of the report's policy
-EXCLUSIVE = (("no_decay_on_norms", "layer_decay"),)  # of each, one at a time
+EXCLUSIVE = (("no_decay_on_norms", "layer_decay"),)  # of each, only one
 
 
 # ---- the report's faults --------------------------------------------------------------------------------------------
@@ -17,7 +17,7 @@ EXCLUSIVE = (("no_decay_on_norms", "layer_decay"),)  # of each, one at a time
 
 @patching.named
 def drifting_batch_norm():
-    """A bare model.train(): frozen layers normalise by the batch, and their statistics drift."""
+    """Plain model.train(): frozen layers normalise by the batch, and their statistics drift."""
     import engine
 
     speed.unfolded()
@@ -26,9 +26,9 @@ def drifting_batch_norm():
 
 @patching.named
 def other_normalisation():
-    """Validation and test with CIFAR-100's mean and deviation, not the weights' own (if these are those: ImageNet's).
+    """Validate and test with CIFAR-100's mean and std, not the weights' own (if they are the same: ImageNet's).
 
-    What the report's scripts did to the distorted images. Not predict.py.
+    The report's scripts did so on the distorted images. predict.py is not patched.
     """
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -49,7 +49,7 @@ def other_normalisation():
 
 @patching.named
 def unaugmented():
-    """Training images are normalised only: what the report's scripts did without meaning to."""
+    """Training images are only normalised, as the report's scripts did by mistake."""
     import augment
 
     patching.patch(augment.ReportAugment, "augment", lambda _: augment.Normalize.augment)
@@ -59,7 +59,7 @@ def unaugmented():
 
 
 def training_loss(loss) -> None:
-    """Put loss(cross_entropy, logits, labels) in the place of the cross-entropy in training, not in validation."""
+    """Replace the cross-entropy by loss(cross_entropy, logits, labels) in training, not in validation."""
     import types
 
     import torch
@@ -86,7 +86,7 @@ def label_smoothing():
 
 
 def augmented(more) -> None:
-    """After the report's augmentation, images (B, 3, H, W) in [0, 1] go through more(images)."""
+    """Apply more(images) to (B, 3, H, W) in [0, 1] after the report's augmentation."""
     import augment
 
     def make(real):
@@ -101,14 +101,14 @@ def augmented(more) -> None:
 
 @patching.named
 def trivial_augment():
-    """Mueller & Hutter (2021): one operation of random strength, drawn for each image; torchvision's, one by one."""
+    """Mueller & Hutter (2021): one random operation of random strength per image; torchvision's, one by one."""
     import torch
     from torchvision.transforms.v2 import TrivialAugmentWide
 
     import graphs
 
     trivial = TrivialAugmentWide()
-    patching.patch(graphs, "Replayed", lambda _: lambda function: function)  # it draws in Python, each time anew
+    patching.patch(graphs, "Replayed", lambda _: lambda function: function)  # a graph would replay one draw
 
     def more(images):
         return torch.stack([trivial(image) for image in (255 * images).round().to(torch.uint8)]).float() / 255
@@ -118,7 +118,7 @@ def trivial_augment():
 
 @patching.named
 def erasing():
-    """A square of half the side, at a random place and cut off at the border, becomes grey: cutout (2017)."""
+    """Cutout (2017): a grey square of half the side at a random place, clipped at the border."""
     import torch
 
     def more(images):
@@ -134,7 +134,7 @@ def erasing():
 
 @patching.named
 def noise_and_blur():
-    """Half of the images get Gaussian noise or a Gaussian blur. The noise is one of the 15 corruptions of the mean."""
+    """Half of the images get Gaussian noise or blur. This noise is one of the robustness mean's 15 corruptions."""
     import torch
     from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -148,7 +148,7 @@ def noise_and_blur():
 
 
 def grouped(groups) -> None:
-    """Each phase's optimizer gets groups(phase, named parameters that train) in the place of one group."""
+    """Give each phase's optimizer groups(phase, named trainable parameters) instead of one group."""
     import train
 
     def make(make_optimizer):
@@ -195,7 +195,7 @@ def layer_decay():
 
 @patching.named
 def ema():
-    """Validation, best/ and test take an exponential moving average of the weights (some 500 steps). No --resume."""
+    """Validation, best/ and test use an exponential moving average of the weights (~500 steps). No --resume."""
     import contextlib
 
     import torch

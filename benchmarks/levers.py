@@ -1,13 +1,12 @@
-"""What does each lever of speed bring, alone?
+"""What does each speed lever bring, alone?
 
     python benchmarks/levers.py --data CIFAR100                           # prints a table, writes levers.json
     python benchmarks/levers.py --cases resnet50:head --levers folding
 
-A lever's figure is the rate of train.py with it over the rate without it, all else being as it is by default, in bf16
-(fp32 where that would be emulated): 1.50 means that it makes an epoch's training half as fast again. What train.py has
-is taken out for this, by patches (speed.py), and what it has not is put in ("not used"). Whole epochs, taking turns;
-the median of the rounds' ratios. Levers of GPUs are left out on a CPU, those of CPUs on a GPU, and bf16 where it would
-be emulated.
+A lever's figure is train.py's rate with it over its rate without it, all else at its default, in bf16 (fp32 where that
+would be emulated): 1.50 means that it trains an epoch 1.5 times as fast. Patches (speed.py) take out what train.py has;
+what it lacks is put in ("not used"). Both train whole epochs in turns; the figure is the median of the rounds' ratios.
+GPU levers are left out on a CPU, CPU levers on a GPU, and bf16 where it would be emulated.
 """
 
 import argparse
@@ -52,7 +51,7 @@ GPU_ONLY = ("cuda_graphs", "images_on_gpu")
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}
 OPTIONS = {"decoding": {"keep_mb": 0}, "no_workers": {"workers": 0}}
-OTHERWISE = (*PRECISIONS, *OPTIONS)  # no patches: by the launcher's precision, and by options of data
+OTHERWISE = (*PRECISIONS, *OPTIONS)  # no patches: the launcher's precision, and data options
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -75,7 +74,7 @@ def measure(case: str, args, folder: Path) -> list[dict]:
         precision = next((PRECISIONS[name] for name in patches if name in PRECISIONS), None)
         return turns.Process(",".join(patches), *options, precision=precision)
 
-    # First a guess at the rate, which says how many rows a turn takes.
+    # Estimate the rate first: it decides how many rows a turn takes.
     source = turns.subset(args.data, 20 * args.batch_size, folder)
     guess = start([], source)
     guess.turn()

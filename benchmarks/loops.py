@@ -1,6 +1,6 @@
-"""The loops that are compared: train.py's own, the one of most tutorials, and that of Hugging Face's example.
+"""The loops compared: train.py's own, the one of most tutorials, and that of Hugging Face's example.
 
-Each takes a turn (turns.py) with what it is when it is ready, and with each epoch.
+Each takes a turn (turns.py) when it is ready, saying what it is, and after each epoch.
 """
 
 import json
@@ -24,7 +24,7 @@ def config_of(case: str, source: str, batch_size: int, output_dir: str, **sectio
     model, phase, modules = CASES[case]
     tree = {
         "model": {"name": model},
-        # A fiftieth is held out, since validation is not what is measured.
+        # Only a fiftieth is held out, as validation is not measured.
         "data": {"source": str(source), "batch_size": batch_size, "folds": 50, "test_split": None},
         "phases": {phase: {"modules": modules, "epochs": 10**6, "lr": 1e-4, "weight_decay": 1e-4}},
         "tracking": "none",
@@ -37,7 +37,7 @@ def config_of(case: str, source: str, batch_size: int, output_dir: str, **sectio
 
 
 def ours(config, report=lambda row: row["images_per_second"]) -> None:
-    """train.py's own run, ready before anything is decoded; `report` makes an epoch's value of its history row."""
+    """Run train.py, ready before anything is decoded; `report` turns an epoch's history row into its value."""
     import train
     from tracking import Tracking
 
@@ -70,7 +70,7 @@ def usual_transforms(mean, std):
 
 
 def usual_optimizer(model, modules, lr: float, weight_decay: float):
-    """Freezes as most scripts do, by `requires_grad` alone, and gives Adam what trains."""
+    """Freeze by `requires_grad` alone, as most scripts do; Adam gets what trains."""
     import torch
 
     import models
@@ -109,7 +109,7 @@ class Plain:
         import processes
 
         class Images(Dataset):
-            """As torchvision's own CIFAR100: arrays in memory, each made a PIL image and transformed when wanted."""
+            """Like torchvision's CIFAR100: arrays in memory, made PIL images and transformed on access."""
 
             def __init__(self, rows, transform):
                 self.arrays = [np.asarray(decoding.decode(row[source.image])) for row in rows]
@@ -130,7 +130,7 @@ class Plain:
         self.val_loader = DataLoader(validation, batch_size, num_workers=workers)
 
     def train_epoch(self, model, optimizer) -> float:
-        """An epoch with the whole model in training mode, frozen layers included. Images per second."""
+        """One epoch, the whole model in training mode, frozen layers too; returns images per second."""
         model.train()
         began, seen, loss_sum, correct = time.perf_counter(), 0, 0.0, 0
         for images, labels in self.train_loader:

@@ -1,10 +1,9 @@
-"""train.py as it is, but for one thing: patches for experiments that are no options.
+"""Run train.py with patches: experiments that are not options of it.
 
     accelerate launch benchmarks/patches.py drifting_batch_norm -- --config recipes/resnet50.yaml --seed 1
 
-trains with the patches that are named before `--` and with train.py's options after it. There are the report's faults
-and tricks (experiments.py), and what makes training fast, taken out (speed.py). `python benchmarks/patches.py --list`
-tells their names.
+applies the patches named before `--`; train.py's options follow it. Patches put back the report's faults or add tricks
+(experiments.py), or take out what makes training fast (speed.py). `python benchmarks/patches.py --list` lists them.
 """
 
 import argparse
@@ -54,7 +53,7 @@ def main() -> None:
     import launch
     import train
 
-    # A run says under its recipe's name, in its config.yaml, what was patched; and how to go on with the same patches.
+    # The recipe's name in the run's config.yaml records the patches; the hint to resume must name them, too.
     script = " ".join(("benchmarks/patches.py", *args.patches, "--"))
     patch(launch, "resume_hint", lambda resume_hint: lambda *run: resume_hint(*run).replace("train.py", script, 1))
     for name in args.patches:

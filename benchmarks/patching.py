@@ -1,9 +1,9 @@
-"""What a patch is: a function that puts something else in the place of a module's attribute, known by its name."""
+"""Patches: functions, registered by name, that replace attributes of modules."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # what is patched
+sys.path.insert(0, str(Path(__file__).parent.parent))  # to find what is patched
 
 from recipe import PATCHED
 
@@ -11,7 +11,7 @@ PATCHES = {}  # by name
 
 
 def mark(patches) -> str:
-    """What is put behind the recipe's name in a run's config.yaml, so that it tells what was patched."""
+    """The suffix of the recipe's name in a run's config.yaml that records its patches."""
     return PATCHED + ".".join(patches) if patches else ""
 
 
@@ -21,5 +21,5 @@ def named(function):
 
 
 def patch(module, name: str, make) -> None:
-    """Put what `make` makes of it in the place of a module's attribute, which has to be there."""
+    """Replace a module's attribute, which must exist, by make(attribute)."""
     setattr(module, name, make(getattr(module, name)))

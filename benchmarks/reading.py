@@ -1,14 +1,14 @@
-"""How many images a second can one process read and decode for all, and how much faster is every process for itself?
+"""How fast can one process read and decode images for all, and how much faster is it if each reads its own?
 
     python benchmarks/reading.py                                        # embedded images, 32x32
     python benchmarks/reading.py --data CIFAR100 --workers 0 1 2 --processes 1 2
     python benchmarks/reading.py --size 224 --rows 1000                 # as JPEG of that size, enlarged
 
-A stream is read by the main process, whose workers decode for all processes. Measured is what the loaders give to all
-processes together, without any training: `first`, a stream's first pass, opened, shuffled within a tenth of its rows
-and kept; `kept`, from memory; `again`, of a stream that is too large to keep; `mapped`, the same rows memory-mapped
-(`data.streaming false`), of which each process reads and decodes its own. They take turns; the medians of images per
-second are shown, and saved as JSON, with the lowest and the highest.
+A stream is read by the main process, whose workers decode for all processes. The loaders' rates are measured over all
+processes together, without training: `first`, a stream's first pass, with opening, shuffling within a tenth of its rows
+and keeping them; `kept`, from memory; `again`, a stream too large to keep; `mapped`, the same rows memory-mapped
+(`data.streaming false`), where each process reads and decodes its own. They take turns; the median, lowest and highest
+images per second are printed and saved as JSON.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PASSES = ("first", "kept", "again", "mapped")
 
 
 def rows_of(args, folder: Path) -> Path:
-    """The rows as parquet; enlarged to JPEG where that is asked for."""
+    """The rows as parquet; with --size as enlarged JPEGs."""
     source = turns.subset(args.data, args.rows, folder)
     if not args.size:
         return source
@@ -49,7 +49,7 @@ def rows_of(args, folder: Path) -> Path:
 
 
 def measure(args) -> None:
-    """In each process: all passes in turns; the main one says their rates."""
+    """In each process: all passes in turns; the main one prints the rates."""
     import data
     import launch
     import loading
@@ -63,7 +63,7 @@ def measure(args) -> None:
         keep_mb = 0 if name == "again" else 2**16
         config = DataConfig(source=args.data, streaming=name != "mapped", keep_mb=keep_mb, **options)
         launch.dispatch(accelerator, streamed=name != "mapped")
-        with contextlib.redirect_stdout(io.StringIO()):  # what a stream says of itself
+        with contextlib.redirect_stdout(io.StringIO()):  # a stream's messages
             began = time.perf_counter()
             opened = data.load(config)
             loader = loading.loader(opened, "train", config, args.batch_size // accelerator.num_processes)

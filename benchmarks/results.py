@@ -1,17 +1,17 @@
-"""The results tables' runs: which there are, training those that are missing, and the tables made of them.
+"""The runs behind the results tables: list them, train the missing ones, rebuild the tables.
 
     python benchmarks/results.py                                           # what is done, cut short, missing
     python benchmarks/results.py --run --data CIFAR100 --weights WEIGHTS   # train what is missing, in order
     python benchmarks/results.py --run deep_cnn --data CIFAR100            # only this row
     python benchmarks/results.py --tables                                  # rebuild the tables
 
-docs/results/plan.yaml says which runs there are. Each is trained by the shipped command (benchmarks/patches.py in the
-place of train.py where a row names patches), judged under the 19 corruptions, and its small files are copied from
-runs/NAME-seedN to docs/results/NAME-seedN: configuration, history, summary, robustness, and how it was made. A run that
-was cut short is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with
-its curves and the measured line of recipes are written from those files, and no figure in them by hand.
+docs/results/plan.yaml lists the runs. Each is trained with the shipped command (benchmarks/patches.py instead of
+train.py if a row names patches), judged under the 19 corruptions, and its small files are copied from runs/NAME-seedN
+to docs/results/NAME-seedN: configuration, history, summary, robustness, and how it was made. A run that was cut short
+is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with its curves and
+the "Measured on" line of recipes are generated from those files; no figure in them is written by hand.
 
-Here runs are made; results_plan.py says which, and results_tables.py writes the tables.
+This script makes the runs; results_plan.py reads the plan, and results_tables.py writes the tables.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from recipe import read_yaml
 
 
 def complete(row: Row, run: str, args) -> None:
-    """Train a run, or go on with it, judge it, and keep its small files."""
+    """Train or resume a run, judge it, and keep its small files."""
     check_startable(row, run, args)
     folder, note, command = args.runs / run, note_of(args.runs, run), row.runs()[run]
     if folder.is_dir() and not row.can_be_resumed and not (folder / "summary.json").is_file():
@@ -64,7 +64,7 @@ def complete(row: Row, run: str, args) -> None:
         facts = {"does": does, "commit": turns.commit(), "date": str(datetime.date.today()), "machine": turns.machine()}
         if does == "train" and "WEIGHTS" in row.options:
             weights = weights_of(folder, args.weights)
-            if weights.is_file():  # what goes on from a checkpoint needs them no longer
+            if weights.is_file():  # a resumed run no longer needs them
                 facts["weights_sha256"] = digest(weights)
         made["sessions"].append(facts)
         write_whole(note, json.dumps(made, indent=1) + "\n")
@@ -83,7 +83,7 @@ def complete(row: Row, run: str, args) -> None:
 
 
 def check_startable(row: Row, run: str, args) -> None:
-    """UserError if something is in a run's way, or if it would be unlike those that it stands beside in the tables."""
+    """UserError if a run can't be started, or would not be comparable with its neighbours in the tables."""
     folder, note = args.runs / run, note_of(args.runs, run)
     if folder.exists() and not note.is_file():
         raise UserError(f"{folder} is there, but not {note}, which says how it was made: move it away")
@@ -93,7 +93,7 @@ def check_startable(row: Row, run: str, args) -> None:
             f"{note} to start over"
         )
     if note.is_file() and folder.is_dir():
-        return  # it goes on as it was begun
+        return  # it is resumed as it was begun
     for made in beside(row):
         if args.mixed_precision not in (None, made["precision"]):
             raise UserError(
@@ -102,7 +102,8 @@ def check_startable(row: Row, run: str, args) -> None:
                 USAGE,
             )
         weights = {it["weights_sha256"] for it in made["sessions"] if "weights_sha256" in it}
-        if "WEIGHTS" in row.options and weights and weights != weights_given(args.weights):
+        given = weights_given(args.weights) if "WEIGHTS" in row.options else set()
+        if given and weights and given != weights:
             raise UserError(
                 f"--weights: {row.name} is compared with runs from other weights, or averaged with them: their "
                 f"SHA-256 begins with {min(weights)[:12]}. To start over with these, delete "
@@ -112,34 +113,34 @@ def check_startable(row: Row, run: str, args) -> None:
 
 
 def beside(row: Row) -> list[dict]:
-    """How those kept runs were made that a row is averaged over, or compared with."""
+    """How the kept runs were made that a row is averaged or compared with."""
     names = [name for name in (row.name, row.against) if name]
     return [read_made(path) for name in names for path in sorted(RESULTS.glob(f"{name}-seed*/{MADE}"))]
 
 
 @functools.cache
 def weights_given(weights: str) -> set[str]:
-    """The SHA-256 of --weights; nothing if there is no such file, which is told elsewhere."""
+    """The SHA-256 of --weights; empty if there is no such file, which is reported elsewhere."""
     file = weights_file(weights)
     return {digest(file)} if os.path.isfile(file) else set()
 
 
 def weights_of(folder: Path, given: str) -> Path:
-    """The file of weights that a run starts from: if it has begun, what its own configuration names."""
+    """The weights file a run starts from: once it has begun, the one in its own configuration."""
     config = folder / "config.yaml"
     return weights_file(read_yaml(config)["model"]["weights"] if config.is_file() else given)
 
 
 def weights_file(weights: str) -> Path:
-    """The file that is meant by a file of weights or a run's best/."""
+    """The weights file itself, given that file or a run's best/."""
     path = ROOT / weights
     return path / "model.safetensors" if os.path.isdir(path) else path
 
 
 def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
-    """Run a command of the project, shown first: its exit code, and its processes' peak memory in MiB.
+    """Print and run a command of the project; return its exit code and peak memory in MiB.
 
-    Ctrl-C reaches all of its processes. The launcher ends at once, the training when its checkpoint is written.
+    Ctrl-C reaches all its processes. The launcher ends at once, the training once its checkpoint is written.
     """
     print("$", shlex.join(command), flush=True)
     found = {"DATA": args.data, "WEIGHTS": args.weights}
@@ -156,7 +157,7 @@ def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
 
 
 def keep(row: Row, folder: Path, note: Path) -> None:
-    """Copy what tables are made of, whole or not at all, without this machine's paths."""
+    """Copy the files behind the tables, all or nothing, without this machine's paths."""
     unfinished, target = RESULTS / f".{folder.name}", RESULTS / folder.name
     shutil.rmtree(unfinished, ignore_errors=True)
     (unfinished / "predictions").mkdir(parents=True)
@@ -221,7 +222,7 @@ def main() -> None:
     for row, run in missing:
         try:
             complete(row, run, args)
-        except UserError as error:  # the next one may be better off
+        except UserError as error:  # the next one may succeed
             print(f"error: {error}", file=sys.stderr)
             failed.append(run)
         else:

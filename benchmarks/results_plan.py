@@ -1,7 +1,7 @@
-"""The plan of the results tables: which runs there are to be, how each is started, and which are done.
+"""The plan of the results tables: which runs it wants, how each is started, and which are done.
 
-docs/results/plan.yaml holds the plan. Beside it are the small files of the runs that are done, a folder for each, and
-beside a run's own folder is the note of how it is made.
+docs/results/plan.yaml holds the plan. Beside it is a folder of small files for each finished run; beside a run's own
+folder is a note of how it was made.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import turns
 import yaml
-from patches import PATCHES  # which the files that it imports have filled
+from patches import PATCHES  # filled by the files that it imports
 from patching import mark
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -74,7 +74,7 @@ class Row(BaseModel):
         return ["benchmarks/patches.py", *self.patches, "--"] if self.patches else ["train.py"]
 
     def runs(self) -> dict[str, list[str]]:
-        """Commands without their launcher, with DATA and WEIGHTS in them, by the names of the runs."""
+        """Commands by run name, without the launcher, with DATA and WEIGHTS as placeholders."""
         command = [*self.script, "--config", f"recipes/{self.recipe}.yaml", "--data.source", "DATA"]
         command += [*self.options, "--tracking", "none"]
         names = {seed: f"{self.name}-seed{seed}" for seed in self.seeds}
@@ -82,15 +82,15 @@ class Row(BaseModel):
 
     @property
     def speaks_for_its_recipe(self) -> bool:
-        """Whether what it measures is the recipe itself, and stands in its file."""
+        """Whether it measures the recipe itself, so that its file shows the result."""
         return self.against is None and self.name == self.recipe and not self.patches and self.options in ([], WEIGHTS)
 
     @property
     def can_be_resumed(self) -> bool:
-        return "ema" not in self.patches  # whose averages are in no checkpoint
+        return "ema" not in self.patches  # its averages are in no checkpoint
 
     def resume(self, folder: Path) -> list[str]:
-        """What goes on with a run."""
+        """What resumes a run."""
         return [*self.script, "--resume", str(folder)]
 
 
@@ -99,7 +99,7 @@ def launcher(precision: str) -> list[str]:
 
 
 def read_plan(path: Path) -> list[Row]:
-    """The plan's rows; UserError if it can't be read or names what is not there."""
+    """The plan's rows; UserError if it can't be read or names something missing."""
     where, plan = "", []
     try:
         sections = TypeAdapter(dict[Part, Section]).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -134,11 +134,11 @@ def recipe_of(row: Row) -> Path:
     return ROOT / "recipes" / f"{row.recipe}.yaml"
 
 
-# ---- what has been made of it ---------------------------------------------------------------------------------------
+# ---- progress -------------------------------------------------------------------------------------------------------
 
 
 def state(row: Row, run: str, runs: Path) -> State:
-    """How far a run is. Done: its files are kept. Changed: it is there, but not as it is planned now."""
+    """How far a run is. Done: its files are kept. Changed: it exists, but no longer fits the plan."""
     kept, note = RESULTS / run, note_of(runs, run)
     whole = (kept / MADE).is_file() and ((kept / ROBUSTNESS).is_file() or not row.robustness)
     if whole and as_planned(row, run, kept, kept / MADE):
@@ -149,7 +149,7 @@ def state(row: Row, run: str, runs: Path) -> State:
 
 
 def as_planned(row: Row, run: str, folder: Path, made: Path) -> bool:
-    """Whether a run, if its folder has a configuration yet, is what the plan and the recipe say now."""
+    """Whether a run's command, and its configuration if there is one yet, fit the current plan."""
     if read_made(made)["command"] != shlex.join(row.runs()[run]):
         return False
     if not (folder / "config.yaml").is_file():
@@ -159,14 +159,14 @@ def as_planned(row: Row, run: str, folder: Path, made: Path) -> bool:
 
 
 def planned(row: Row, run: str) -> Config:
-    """What a run's config.yaml is to say, without its environment."""
+    """The configuration a run should have, without environment."""
     command = row.runs()[run]
     config, _ = commandline.parse(["--config", str(recipe_of(row)), *command[command.index("--data.source") :]])
     return dataclasses.replace(config, recipe=config.recipe + mark(row.patches))
 
 
 def without_place(config: Config) -> Config:
-    """The configuration without what says where a run and its files lie, and how this machine reads the data."""
+    """The configuration without a run's name, its paths, and how this machine reads the data."""
     weights = "WEIGHTS" if config.model.weights else None
     return dataclasses.replace(
         config,
@@ -188,5 +188,5 @@ def read_made(path: Path) -> dict:
 
 
 def note_of(runs: Path, run: str) -> Path:
-    """Where it is noted how a run is made. Beside its folder, which is not there yet when the run is started."""
+    """The path of the note on how a run is made: beside its folder, which does not exist at the start."""
     return runs / f"{run}.{MADE}"

@@ -1,6 +1,6 @@
-"""The results tables, made of the kept files of the runs that are done.
+"""The results tables, made from the kept files of finished runs.
 
-The tables in README.md and docs/results.md, docs/comparison.md with its curves and the measured line of recipes.
+Tables in README.md and docs/results.md, docs/comparison.md with its curves, and the "Measured on" line of recipes.
 """
 
 import re
@@ -22,7 +22,7 @@ Figures = dict[str, Any]  # numbers, or None where there is no such figure; the 
 
 
 def figures(folder: Path) -> Figures:
-    """What the tables say of a kept run: fractions, nats, minutes, MiB. None where there is no such figure."""
+    """A kept run's figures for the tables: fractions, nats, minutes, MiB. None if there is no such figure."""
     run: Run = read_run(folder)
     if run.notes or not run.summary or not run.history:
         raise UserError(f"{folder} is damaged: {'; '.join(run.notes) or 'it has no summary or no history'}")
@@ -32,7 +32,7 @@ def figures(folder: Path) -> Figures:
     fell = [a["epoch"] for a, b in pairs if a["phase"] == b["phase"] and b["lr"] < 0.2 * a["lr"]]  # not a cosine's
     names = ("train_loss", "train_top1", "val_loss", "val_top1")
     jump = changes[0] if changes else None
-    # On a GPU its own memory counts, which the history has.
+    # On a GPU its own memory counts; the history has it.
     memory = [row["peak_memory_mb"] for row in run.history if "peak_memory_mb" in row]
     memory = memory or [it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train"]
     return {
@@ -51,7 +51,7 @@ def figures(folder: Path) -> Figures:
 
 
 def spread(values: list, form: str, scale: float = 1.0) -> str:
-    """Mean and, of several, standard deviation over the seeds."""
+    """Mean and, if several, standard deviation over seeds."""
     if any(value is None for value in values):
         return "-"
     values = [scale * value for value in values]
@@ -70,9 +70,10 @@ def jumps(found: list[Figures]) -> str:
 
 
 def robustness(found: list[Figures]) -> str:
-    """Marked if the training images went through one of the 15 corruptions: the report's jitter has two of them."""
-    text, policies = mean_of("mean15", ".1f", 100)(found), {it["run"].config["augment"]["policy"] for it in found}
-    return f"{text} †" if "report" in policies and text != "-" else text
+    """Marked if training images saw any of the 15 corruptions: the report's jitter has two of them."""
+    text, config = mean_of("mean15", ".1f", 100)(found), found[0]["run"].config
+    jittered = config["augment"]["policy"] == "report" and "unaugmented" not in config["recipe"]
+    return f"{text} †" if jittered and text != "-" else text
 
 
 def devices(found: list[Figures]) -> str:
@@ -109,9 +110,9 @@ def table(rows: Finished, columns) -> str:
 
 
 def ablation(rows: Finished, finished: Finished) -> str:
-    """Markdown: each row against the one that it differs from by one change, seed by seed; that one stands above.
+    """Markdown: each row against the baseline it differs from by one change, seed by seed; baselines come first.
 
-    Changes are judged on the validation rows: the test split is no place to choose by.
+    Changes are judged on the validation rows: the test split is not for choosing.
     """
     columns, lines = ("val top-1 %", "val loss", "train top-1 %", "minutes"), []
     reached = {row.name: {it["run"].config["seed"]: it["val_top1"] for it in found} for row, found in finished}
@@ -159,7 +160,7 @@ def how(rows: Finished) -> str:
 
 
 def put(path: Path, pattern: str, text: str) -> None:
-    """Write text in the place of a pattern that has to be in the file once; around it stay groups 1 and 2."""
+    """Replace what a pattern matches, exactly once, by text between its groups 1 and 2."""
     old = path.read_text(encoding="utf-8")
     new, count = re.subn(pattern, lambda found: f"{found[1]}{text}{found[2]}", old, flags=re.DOTALL | re.MULTILINE)
     if count != 1:
@@ -170,12 +171,12 @@ def put(path: Path, pattern: str, text: str) -> None:
 
 
 def put_table(path: Path, name: str, text: str) -> None:
-    """Write a table between its marks."""
+    """Write a table between its markers."""
     put(path, rf"(^<!-- results: {name} -->\n)(?:(?!<!--).)*?(^<!-- end -->)", f"{text}\n")
 
 
 def measured(row: Row, found: list[Figures]) -> str:
-    """A recipe's measured line."""
+    """A recipe's "Measured on" line."""
     seeds = f"{len(found)} seeds" if found[1:] else "one seed"
     weights = " from Tiny ImageNet weights (not ImageNet)," if row.options else ""
     made = found[0]["made"]
@@ -187,7 +188,7 @@ def measured(row: Row, found: list[Figures]) -> str:
 
 
 def write_tables(plan: list[Row], runs: Path) -> None:
-    """Rebuild all tables, and the measured lines of recipes that were run as they are."""
+    """Rebuild all tables, and the "Measured on" lines of recipes run as they are."""
     finished: Finished = []
     for row in plan:
         done = [run for run in row.runs() if state(row, run, runs) == "done"]
@@ -207,7 +208,7 @@ def write_tables(plan: list[Row], runs: Path) -> None:
 
 def write_comparison(runs: list[Run]) -> None:
     """The comparison as a page of Markdown, with the runs' curves."""
-    import plots  # here, as it takes seconds that a list of the runs need not wait for
+    import plots  # here, as it takes seconds that a list of runs need not wait for
 
     folder = ROOT / "docs" / "curves"
     parts = [HEADING, report.markdown(runs, with_commands=False) if runs else "Nothing yet."]

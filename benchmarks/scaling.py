@@ -7,12 +7,12 @@
 size    ResNet-50, layer3, layer4 and head training, batch 64: rate and peak memory by image size
 batch   the same at 32x32 by batch size. Rates of both are relative to 32x32 and batch 64, measured in turns with it
 rows    SimpleCNN over one streamed epoch of embedded images, none of them kept: peak memory by the number of rows,
-        workers included, and the rate, relative to the first number's (a short epoch is for the most part its start)
-start   from `accelerate launch` to the first training step, in turns with a process that imports the same libraries
-        and ends
+        workers included, and the rate, relative to the first number's (a short epoch is mostly start-up)
+start   from `accelerate launch` to the first training step, in turns with a process that only imports the same
+        libraries
 
-Memory is the resident set of a run's processes (pages that they share counted once, where the system tells), on a GPU
-that of its tensors.
+Memory is the resident set of a run's processes (shared pages counted once, where the system tells) or, on a GPU, its
+tensors' memory.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LIBRARIES = "torch, timm, accelerate, datasets, evaluate"  # what a run imports
 
 
 class Peak(threading.Thread):
-    """The most memory that this process and its children have held so far, in MiB, looked at twice a second."""
+    """The peak memory of this process and its children so far, in MiB, sampled twice a second."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -79,7 +79,7 @@ def training(args, folder: str) -> None:
 
 
 def first_step(args, folder: str) -> None:
-    """A run up to its first step; says how long after the command each part was done."""
+    """A run up to its first step; reports the seconds from the command to each part's end."""
     marks, began = {}, args.began
 
     def mark(name, function):
@@ -128,7 +128,7 @@ def against_size_or_batch(part: str, args, folder: Path) -> list[dict]:
     reference, rows = start(SIZE, BATCH), []
     for value in args.sizes if part == "size" else args.batches:
         size, batch = (value, BATCH) if part == "size" else (SIZE, value)
-        process = start(size, batch)  # another one for the reference's point, too: memory grows with the turns taken
+        process = start(size, batch)  # a new one even for the reference's size: memory grows with the turns taken
         turns.alternate([reference, process], args.rounds)
         rates = [[turn["rate"] for turn in one.values] for one in (process, reference)]
         ratio = statistics.median(one / two for one, two in zip(*rates, strict=True))
@@ -171,7 +171,7 @@ def start_of_a_run(args) -> list[dict]:
         process = turns.Process("start", "--data", args.data, "--began", time.time(), launcher=launcher)
         process.end()
         rows.append({"part": "start", "bare_imports": round(imports, 2)} | process.ready)
-    rows = rows[1:]  # the first one warms up the disk's cache
+    rows = rows[1:]  # the first one warms the disk's cache
     for row in rows:
         marks = ", ".join(f"{name} {value}" for name, value in row.items() if name != "part")
         ratio = row["first step"] / row["bare_imports"]

@@ -1,9 +1,9 @@
-"""What do a step's operations take of its time, by the traces that `train.py --profile N` writes?
+"""What shares of a step's time do its operations take, in traces of `train.py --profile N`?
 
     python benchmarks/shares.py runs/NAME/profile/finetune.json.gz ...    # a column for each trace
 
-An operation's time is its own, without that of the operations that it calls. What lies between operations is Python's,
-or waiting. For traces of a CPU: on a GPU operations are only launched, and end later.
+An operation's time excludes that of the operations it calls. Time between operations is spent in Python or waiting.
+For CPU traces only: on a GPU, operations are only launched, and end later.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from errors import UserError, first_line, reported
 
 BETWEEN = "between operations"
-GROUPS = {  # the first one of which a word is in the operation's name
+GROUPS = {  # by the first with a word in the operation's name
     BETWEEN: ("profilerstep",),
     "convolutions, backward": ("convolution_backward", "convolutionbackward"),
     "convolutions, forward": ("conv",),
@@ -37,7 +37,7 @@ def group_of(operation: str) -> str:
 
 
 def shares(path: Path) -> tuple[float, int, Counter]:
-    """Milliseconds a step, steps, and the groups' shares of their time, of a trace.
+    """A trace's milliseconds a step, steps, and the groups' shares of their time.
 
     Raises:
         UserError: it can't be read, or holds no steps.
@@ -56,7 +56,7 @@ def shares(path: Path) -> tuple[float, int, Counter]:
         raise UserError(f"{path} holds no steps")
     own = Counter()
     for operations in threads.values():
-        open_ones = []  # (end, name) of those that the next one may be called by
+        open_ones = []  # (end, name) of the next one's possible callers
         for start, length, name in sorted(operations, key=lambda it: (it[0], -it[1])):
             while open_ones and open_ones[-1][0] <= start:
                 open_ones.pop()

@@ -34,7 +34,7 @@ def look(process: psutil.Process) -> dict[str, float]:
 
 
 def soak(epochs: int, folder: Path) -> list[dict[str, float]]:
-    """Run it; what was seen after each epoch. One look may serve for two epochs if they are short."""
+    """Run it; return one reading per epoch. Two short epochs may share a reading."""
     command = [sys.executable, "train.py", "--config", "recipes/demo_scratch.yaml", "--tracking", "wandb"]
     command += ["--data.embedded_rows", "200", "--data.workers", "1", "--data.keep_mb", "0"]
     command += ["--phases.train.epochs", str(epochs), "--output_dir", str(folder), "--run_name", "soak"]

@@ -1,11 +1,11 @@
-"""Patches that change how fast it is learned, and nothing else: what levers.py takes out of train.py, or puts in."""
+"""Patches that change only the speed of training: what levers.py takes out of train.py, or puts in."""
 
 import patching
 
 
 @patching.named
 def unfolded():
-    """Frozen batch norms stay what they are, instead of becoming part of their convolutions."""
+    """Frozen batch norms are not folded into their convolutions."""
     import folding
 
     patching.patch(folding, "fold", lambda _: lambda *_: 0)
@@ -13,7 +13,7 @@ def unfolded():
 
 @patching.named
 def images_contiguous():
-    """Images in torch's default memory layout, as trained weights are, instead of channels_last."""
+    """Images in torch's default memory layout, like trained weights, instead of channels_last."""
     from augment import Normalize
 
     patching.patch(Normalize, "forward", lambda forward: lambda self, images: forward(self, images).contiguous())
@@ -59,7 +59,7 @@ def weights_channels_last():
 
 @patching.named
 def small_maps_convolved():
-    """Convolutions of small maps as convolutions, instead of as matrix products."""
+    """Convolutions of small maps computed as such, not as matrix products."""
     import smallmaps
 
     patching.patch(smallmaps, "as_products", lambda _: lambda model: model)
@@ -67,12 +67,12 @@ def small_maps_convolved():
 
 @patching.named
 def unfused():
-    """Optimizers that update one tensor after the other."""
+    """Optimizers without torch's fused update."""
     import phases
 
     def make(real):
         class Unfused(real):
-            found_inf = property(lambda self: None, lambda self, value: None)  # only fused ones may be told
+            found_inf = property(lambda self: None, lambda self, value: None)  # only fused ones heed it
 
             def __init__(self, parameters, fused, **options):
                 super().__init__(parameters, **options)
@@ -85,7 +85,7 @@ def unfused():
 
 @patching.named
 def read_in_each_step():
-    """Loss and accuracy as Python numbers after each step."""
+    """Loss and accuracy read as Python numbers in each step."""
     from metrics import Classification
 
     def reading(add):
@@ -100,18 +100,18 @@ def read_in_each_step():
 
 @patching.named
 def one_thread():
-    """What accelerate launch sets a CPU training to."""
+    """One thread, as accelerate launch sets on a CPU."""
     import os
 
     import launch
 
-    os.environ.pop("OMP_NUM_THREADS", None)  # a user's own number would be left alone
+    os.environ.pop("OMP_NUM_THREADS", None)  # launch would keep a user's own number
     patching.patch(launch, "cores_per_process", lambda _: lambda: 1)
 
 
 @patching.named
 def glibc_as_it_is():
-    """The allocator gives memory back to the system and asks for it anew, in each step."""
+    """The allocator returns memory to the system and asks for it again in each step."""
     import launch
 
     patching.patch(launch, "tune_allocator", lambda _: lambda device: None)
@@ -119,7 +119,7 @@ def glibc_as_it_is():
 
 @patching.named
 def launched():
-    """A GPU's kernels launched one by one in each step, instead of recorded as CUDA graphs."""
+    """GPU kernels launched one by one in each step, not replayed as CUDA graphs."""
     import graphs
 
     patching.patch(graphs, "record", lambda _: lambda *_: False)
@@ -128,7 +128,7 @@ def launched():
 
 @patching.named
 def images_in_memory():
-    """Decoded images in the machine's memory, from where each batch is copied to the GPU."""
+    """Decoded images in the machine's memory; each batch is copied to the GPU."""
     import loading
 
     patching.patch(loading, "_takes_little", lambda _: lambda *_: False)
@@ -136,7 +136,7 @@ def images_in_memory():
 
 @patching.named
 def no_grad_trunk():
-    """ResNet's frozen beginning under an explicit no_grad."""
+    """ResNet's frozen trunk under an explicit no_grad."""
     import torch
     from timm.models.resnet import ResNet
 

@@ -1,4 +1,4 @@
-"""How near does the training come to what the machine can compute, and how far ahead of the usual scripts is it?
+"""How close does training come to the machine's limit, and how far ahead of the usual scripts is it?
 
     python benchmarks/throughput.py                                       # on embedded images; about an hour
     python benchmarks/throughput.py --data CIFAR100 --output throughput   # writes throughput.json and throughput.png
@@ -6,23 +6,23 @@
 
 For each model and phase, at 32x32, in images per second:
 
-limit     forward, backward and optimizer step on one batch that lies on the device already, its frozen batch norms
-          folded and, on a CPU, its small maps' convolutions products, like ours. The best of contiguous, channels_last
-          or channels_last images alone in fp32 or bf16, looked at in turns; then, where there is a C++ compiler and
-          unless --eager, the best of each precision (if it is more than half as fast as the other's) against itself
-          compiled, on a GPU with CUDA graphs (mode reduce-overhead)
-ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation and each step's metrics;
-          the epoch's figures and history come after. Images decoded once, before training, as local ones are by default
-streamed  the same, streamed as a dataset of the hub is by default, which is kept and decoded in the first epoch
-decoding  the same as ours with images decoded anew in each epoch (--data.keep_mb 0)
+limit     forward, backward and optimizer step on one batch already on the device, with frozen batch norms folded
+          and, on a CPU, convolutions of small maps as matrix products, like ours. The best of contiguous, channels_last
+          or only images channels_last, in fp32 or bf16, timed in turns; then, given a C++ compiler and unless --eager,
+          the best of each precision (if it is more than half as fast as the other's) against itself compiled, on a GPU
+          with CUDA graphs (mode reduce-overhead)
+ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation and each step's metrics,
+          not the epoch's figures and history. Images are decoded once, before training, the default for local ones
+streamed  the same, streamed, the default for a dataset of the hub, which is kept and decoded in the first epoch
+decoding  like ours, but with images decoded again in each epoch (--data.keep_mb 0)
 plain     the usual loop: torchvision's transforms on PIL images in a DataLoader with a worker per core, fp32,
           contiguous, model.train() on the whole model, frozen parameters without gradient, .item() in each step
 hf        the loop of Hugging Face's example without Trainer: the same transforms through with_transform, a collate
-          function, Accelerate's prepare, a metric's add_batch in each step (the example's training has none, it keeps
-          that for evaluation); fp32, as it is launched by default
+          function, Accelerate's prepare, a metric's add_batch in each step (which the example has only in evaluation);
+          fp32, as it is launched by default
 
-Each runs in a process of its own, and they take turns, after one that warms up. The validation pass and checkpoints are
-outside the timing.
+Each runs in its own process. They take turns, the first of which is a warm-up. Validation and checkpoints are not
+timed.
 """
 
 import argparse
@@ -41,12 +41,12 @@ import processes
 from errors import reported
 
 VARIANTS = ("limit", "ours", "streamed", "decoding", "plain", "hf")
-PIL = 1000  # images a second that a core opens and transforms, about: fewer rows where that makes turns long
-LOOKS = 3  # at each way of computing a step
+PIL = 1000  # images a second that a core opens and transforms, about: slow variants get fewer rows
+LOOKS = 3  # timings of each way to compute a step
 
 
 def limit(case: str, batch_size: int, seconds: float, compiling: bool):
-    """Rates of the step alone, in the best variant, which the first value names."""
+    """Yield the best variant of the step alone, then its rates."""
     import timm
     import torch
     import torch.nn.functional as F
@@ -68,7 +68,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
     plain, last = torch.contiguous_format, torch.channels_last
     layouts = {"contiguous": (plain, plain), "channels_last": (last, last), "channels_last images": (plain, last)}
 
-    # How ours has images and weights is never left out, whatever a first look says.
+    # The layout and precision of ours always stay in, whatever the first timings say.
     own = "channels_last" if device.type == "cuda" else "channels_last images", turns.fast_precision()
 
     def stepper(layout, precision, compiled=False):
@@ -110,7 +110,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
         return steps * batch_size / (time.perf_counter() - began)
 
     def in_turns(steps: dict) -> dict:
-        """Each step's rate: the median of some looks, at one after the other."""
+        """Each step's rate: the median of several timings, in turns."""
         looks = [{way: rate(step, seconds / 4) for way, step in steps.items()} for _ in range(LOOKS)]
         return {way: statistics.median(look[way] for look in looks) for way in steps}
 
@@ -120,7 +120,7 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
     steps = {(*way, "eager"): eager[way] for way in best}
     if compiling:
         steps |= {(*way, "compiled"): stepper(*way, compiled=True) for way in best}
-    del eager  # with the models of those that lost
+    del eager  # frees the losers' models
     rates = in_turns(steps)
     layout, precision, how = chosen = max(steps, key=rates.get)
     if compiling:
@@ -132,9 +132,9 @@ def limit(case: str, batch_size: int, seconds: float, compiling: bool):
 
 
 def best_of_each(rates: dict[tuple, float]) -> list[tuple]:
-    """Of ways (layout, precision) the fastest of each precision, without one that is half as fast as another's.
+    """The fastest way (layout, precision) of each precision, unless it is at most half as fast as another's.
 
-    Not the fastest of all: where Python launches each kernel, bf16 has more to launch, and compiled it may be faster.
+    Not just the fastest of all: launched from Python, bf16 has more kernels to launch; compiled it may be faster.
     """
     best = {}
     for way in sorted(rates, key=rates.get):

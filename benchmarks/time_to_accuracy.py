@@ -5,10 +5,10 @@
 
 Both fine-tune ResNet-50 from the same weights, as recipes/resnet50.yaml says: the same modules, optimizer, learning
 rates, plateau, batch size, training and validation rows. The usual loop (`plain` of throughput.py) trains 10 epochs of
-each phase; the validation top-1 that it ends with is the target. train.py, in bf16 where that is not emulated, has 10
-epochs of the head and then as many of fine-tuning as it takes. They take turns: after each epoch of the usual loop
-train.py trains until it has caught up with that one's top-1. Validation counts for both; decoding the images,
-checkpoints and history count for train.py, whereas the usual loop is given its images decoded.
+each phase; its last validation top-1 is the target. train.py, in bf16 where that is not emulated, trains the head for
+10 epochs and then fine-tunes for as many as it takes. They take turns: after each epoch of the usual loop, train.py
+trains until it has caught up with its top-1. Validation counts for both; decoding the images, checkpoints and history
+count for train.py, whereas the usual loop gets its images decoded.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def child(args) -> None:
 
 
 def run(args, said: dict) -> list[dict]:
-    """Both in turns, until the usual loop has ended and train.py is where that ended; a row for each epoch."""
+    """Both in turns, until the usual loop has ended and train.py has caught up; returns a row per epoch."""
     source = turns.subset(args.data, args.rows, Path(args.runs)) if args.rows else args.data
     options = ["--data", source, "--weights", args.weights, "--seed", args.seed, "--epochs", args.epochs]
     options += ["--runs", args.runs]
@@ -107,7 +107,7 @@ def run(args, said: dict) -> list[dict]:
 
 
 def judge(rows: list[dict]) -> dict:
-    """The usual loop's last top-1, when each was there for the first time, and the ratio of seconds; None if never."""
+    """The usual loop's last top-1, when each loop first reached it, and the ratio of seconds; None if never."""
     target = [row["val_top1"] for row in rows if row["variant"] == "plain"][-1]
     judged = {"target_val_top1": target}
     for variant in VARIANTS:

@@ -1,7 +1,7 @@
-"""Processes that take turns, so that a machine that is busy is busy for all that are compared.
+"""Processes that take turns, so that a busy machine is busy for all that are compared.
 
-A benchmark starts itself again, once for each thing that it measures, with `--measure NAME`. The child says when it is
-ready and then does one piece of work whenever it is asked, an epoch for example.
+A benchmark starts itself again with `--measure NAME`, once for each thing it measures. The child reports when it is
+ready, then does one piece of work per request, an epoch for example.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from errors import UserError
 
 
 def prepare() -> None:
-    """Before libraries are imported: no progress bars, and a cache of datasets that is gone when the parent ends."""
+    """Call before importing libraries: no progress bars, and a datasets cache deleted when the parent ends."""
     os.environ |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     if "HF_DATASETS_CACHE" not in os.environ:
         os.environ["HF_DATASETS_CACHE"] = folder = tempfile.mkdtemp(prefix="benchmark-")
@@ -42,7 +42,7 @@ def prepare() -> None:
 
 
 def answer(work: Callable[[], Iterable | None]) -> None:
-    """Take a turn with each value that `work` gives (if it does not take its turns itself).
+    """Take a turn with each value that `work` yields (unless it takes its turns itself).
 
     The first value says what it is, and that it is ready.
     """
@@ -57,13 +57,13 @@ def answer(work: Callable[[], Iterable | None]) -> None:
 
 
 def take(value) -> None:
-    """Hand a value to the parent and wait to be asked again; end if it has gone."""
+    """Send a value to the parent and wait to be asked again; exit if it is gone."""
     os.write(WAY_OUT, (json.dumps({"turn": value}) + "\n").encode())
     if not sys.stdin.readline():
         sys.exit()
 
 
-WAY_OUT = os.dup(1)  # what is measured may print on stdout; the turns have a way of their own
+WAY_OUT = os.dup(1)  # measured code may print to stdout, so turns have their own channel
 
 
 # ---- in the parent --------------------------------------------------------------------------------------------------
@@ -72,8 +72,8 @@ WAY_OUT = os.dup(1)  # what is measured may print on stdout; the turns have a wa
 class Clock:
     """Seconds, without those for which this process and its children were stopped.
 
-    A benchmark of hours can so be put aside when its machine is wanted for something else: SIGTSTP (Ctrl-Z) to the
-    parent stops the whole process group, SIGCONT to the group (`fg`, `kill -CONT -- -GROUP`) goes on.
+    So a benchmark of hours can be paused when its machine is needed: SIGTSTP (Ctrl-Z) to the parent stops the whole
+    process group, SIGCONT to the group (`fg`, `kill -CONT -- -GROUP`) resumes it.
     """
 
     def __init__(self):
@@ -83,7 +83,7 @@ class Clock:
         return time.perf_counter() - self.stopped
 
     def stop(self, *_) -> None:
-        """What SIGTSTP does."""
+        """Handle SIGTSTP."""
         began = time.perf_counter()
         os.killpg(0, signal.SIGSTOP)
         self.stopped += time.perf_counter() - began
@@ -93,12 +93,12 @@ clock = Clock()
 
 
 class Process:
-    """A measured process. It starts at once; others may start meanwhile, until `ready` is waited for.
+    """A measured process. It starts at once, alongside others, until `ready` waits for it.
 
     Args:
-        arguments: of the running script, which is started again with them.
+        arguments: for the running script, which is started again.
         precision: Accelerate's mixed precision; None: bf16, unless this machine would have to emulate it.
-        launcher: what starts it.
+        launcher: the command before the script.
     """
 
     def __init__(self, name: str, *arguments, precision: str | None = None, launcher=(sys.executable,)):
@@ -112,12 +112,12 @@ class Process:
 
     @functools.cached_property
     def ready(self):
-        """The first value it gives."""
+        """Its first value."""
         return self._hear()
 
     def turn(self):
-        """Let it work; the value it gives, which `values` keeps, too. `seconds` counts the time of all turns."""
-        _ = self.ready  # has been heard
+        """Let it work; return its value, also kept in `values`. `seconds` adds up the time of all turns."""
+        _ = self.ready  # waits for it
         began = clock()
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -147,7 +147,7 @@ def fast_precision() -> str:
 
 
 def alternate(processes: list[Process], rounds: int) -> None:
-    """Turns in an order that is reversed each time, after one that warms up and is forgotten."""
+    """Rounds of turns, in an order reversed each time, after a warm-up that is discarded."""
     for number in range(rounds + 1):
         for process in processes[:: -1 if number % 2 else 1]:
             process.turn()
@@ -158,7 +158,7 @@ def alternate(processes: list[Process], rounds: int) -> None:
 def ratio(process: Process, other: Process) -> tuple[float, list[float]]:
     """The median of the rounds' own ratios, and the lowest and the highest.
 
-    A machine that was slow for one was slow for the other.
+    Within a round, a slow machine is slow for both.
     """
     ratios = [one / two for one, two in zip(process.values, other.values, strict=True)]
     return round(statistics.median(ratios), 3), [round(min(ratios), 3), round(max(ratios), 3)]
@@ -168,14 +168,14 @@ def ratio(process: Process, other: Process) -> tuple[float, list[float]]:
 
 
 def positive(text: str) -> int:
-    """argparse's type of a whole number from 1."""
+    """argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"should be a whole number from 1, not {text}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """argparse's type of a length of time."""
+    """argparse type: a length of time."""
     try:
         value = float(text)
     except ValueError:
@@ -186,25 +186,25 @@ def seconds(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """argparse's type of a whole number from 0."""
+    """argparse type: a whole number from 0."""
     return 0 if text == "0" else positive(text)
 
 
 def check_shares(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error if the batch can't be shared out equally."""
+    """Exit with an error if the batch can't be split equally."""
     if odd := [processes for processes in args.processes if args.batch_size % processes]:
         parser.error(f"--batch_size: {args.batch_size} images can't be shared out equally to {odd[0]} processes")
 
 
 def output(text: str) -> Path:
-    """argparse's type of --output: a name in a folder that is there."""
+    """argparse type of --output: a name in an existing folder."""
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {Path(text).parent}")
     return Path(text)
 
 
 def source(text: str) -> str:
-    """argparse's type of --data: 'embedded', or parquet that is there."""
+    """argparse type of --data: 'embedded', or existing parquet."""
     from config import DataConfig
 
     try:
@@ -217,7 +217,7 @@ def source(text: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
-    """--data, and --output with this default."""
+    """Add --data, and --output with this default."""
     parser.add_argument(
         "--data", type=source, default="embedded", help="32x32 images: folder of parquet, or embedded [embedded]"
     )
@@ -226,7 +226,7 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-# ---- what figures have to be told with ------------------------------------------------------------------------------
+# ---- conditions of the figures --------------------------------------------------------------------------------------
 
 
 def on_gpu() -> bool:
@@ -244,12 +244,12 @@ def device_name() -> str:
 
 
 def launched(processes: int, *arguments) -> list[str]:
-    """The lines that the running script says if it is started again on so many processes, with `--measure`."""
+    """Start the running script again on that many processes, with `--measure`; return the lines it prints."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [sys.argv[0], *map(str, arguments), "--measure"]
-    # Without a GPU each would believe to be alone if it were not said.
+    # Without a GPU, each would otherwise believe it is alone.
     env = os.environ | {"ACCELERATE_USE_CPU": str(not on_gpu()).lower()}
     result = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if result.returncode:
@@ -258,17 +258,17 @@ def launched(processes: int, *arguments) -> list[str]:
 
 
 def conditions() -> dict:
-    """Commit, day, command, machine and versions, and the precision of what is fast."""
-    words = [re.sub(r"[^=]*/", "", word) for word in sys.argv[1:]]  # no machine's paths
+    """Commit, date, command, machine and versions, and the machine's fast precision."""
+    words = [re.sub(r"[^=]*/", "", word) for word in sys.argv[1:]]  # without folders
     made = {"commit": commit(), "date": str(datetime.date.today())}
     made["command"] = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     return made | machine() | {"precision": fast_precision().replace("no", "fp32")}
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if anything has changed since that a figure is made by.
+    """The commit of the working tree, marked if anything that figures depend on has changed since.
 
-    A recipe's measured line is none: results.py writes it, and it stays uncommitted while later rows are trained.
+    Not a recipe's "Measured on" line: results.py writes it, and it stays uncommitted while later rows train.
     """
     git, makes = ["git", "-C", str(ROOT)], ("--", "*.py", "recipes", "accelerate_config.yaml", "requirements.txt")
     changes = (
@@ -280,7 +280,7 @@ def commit() -> str:
         looks = [subprocess.run([*git, *words], capture_output=True) for words in changes]
     except OSError:
         return "unknown"
-    changed = any(look.returncode or look.stdout for look in looks)  # a git before 2.30 knows no -I
+    changed = any(look.returncode or look.stdout for look in looks)  # git before 2.30 has no -I
     return f"{name}{' and changes' * changed}" if name else "unknown"
 
 
@@ -306,7 +306,7 @@ def machine() -> dict:
 
 
 def _processor() -> str:
-    """The processor's name where Linux tells it."""
+    """The architecture, and on Linux the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
@@ -318,13 +318,13 @@ def tell(said: dict) -> None:
 
 
 def save(path: Path, said: dict, rows: list[dict]) -> None:
-    """Write a list of rows as JSON. Each says its own conditions, so that rows of several runs can be put together."""
+    """Write a list of rows as JSON. Each has its own conditions, so that rows of several runs can be merged."""
     lines = ",\n".join(json.dumps(row | {"conditions": said}) for row in rows)
     path.with_suffix(".json").write_text(f"[\n{lines}\n]\n")
 
 
 def subset(source: str, rows: int, folder: Path) -> Path:
-    """The first rows of a source as parquet below `folder`, so that an epoch takes as long as a turn should."""
+    """The first rows of a source as parquet below `folder`, so that an epoch is as long as a turn."""
     from datasets import Image
 
     import data
@@ -332,7 +332,7 @@ def subset(source: str, rows: int, folder: Path) -> Path:
     from config import DataConfig
 
     options = {"embedded_rows": max(200, rows)} if source == "embedded" else {}
-    # Not by the 50 folds that the variants hold out by, or nothing would be left to hold out.
+    # Not the 50 folds of the variants, which would leave them no rows to hold out.
     opened = data.load(DataConfig(source=source, test_split=None, folds=7, **options))
     train = opened.train.select(range(min(rows, len(opened.train)))).remove_columns(decoding.ROW)
     path = folder / f"rows-{rows}"
