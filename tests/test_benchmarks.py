@@ -220,3 +220,15 @@ def test_levers_writes_rows(command, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     (row,) = json.loads((tmp_path / "out.json").read_text())
     assert row["ratio"] > 0
+
+
+@pytest.mark.slow
+def test_an_epochs_parts_are_the_whole(command, tmp_path):
+    result = command(
+        "benchmarks/epoch.py", "--cases", "simple_cnn", "--epochs", "1", "--output", str(tmp_path / "out"), timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    parts = ("training", "validation", "metrics", "best weights", "checkpoint", "rest")
+    assert sum(row[name] for name in parts) == pytest.approx(row["whole"], abs=0.01)
+    assert all(row[name] > 0 for name in parts)
