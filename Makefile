@@ -1,7 +1,7 @@
 # make demo   the whole thing on embedded data, in three minutes and without a network; ends with a page to open
 # make results   train the runs behind docs/results.md that are missing, and rebuild its tables
 #                (DATA=folder of CIFAR-100's parquet, if not the hub's; WEIGHTS=Tiny ImageNet's for ResNet-50;
-#                PRECISION=bf16, if new rows stand beside none that are there already)
+#                PRECISION=bf16 for new rows that no finished run is compared with)
 # make test   the tests
 # make lint   ruff
 # A virtual environment (.venv) is made and filled when it is missing or when the requirements have changed.

@@ -275,7 +275,7 @@ def _weights_file(path: Path, name: str) -> tuple[Path, dict]:
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"model.weights: {described} is not timm's ({type(error).__name__}: {error})") from error
     architecture, wanted = str(saved.get("architecture")), timm.models.split_model_name_tag(name)[0]
-    if SAME_WEIGHTS.get(architecture, architecture) != SAME_WEIGHTS.get(wanted, wanted):
+    if architecture not in (wanted, SAME_WEIGHTS.get(wanted)):
         raise UserError(f"model.weights: {path} is a {architecture}, but model.name is {name}", USAGE)
     return file, cfg
 

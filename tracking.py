@@ -87,8 +87,8 @@ class Tracking:
                     memory = {key: f"{value:,}" for key, value in peak_memory(self.accelerator).items()}
                     bar.set_postfix(loss=f"{step.loss.item():.3f}", top1=f"{step.top1.item():.1%}", **memory)
                 yield step
+        self.check_finite()  # waits for the device, on which the last steps may only be queued
         self.images_per_second = trained / (time.perf_counter() - began)
-        self.check_finite()
 
     def check_finite(self) -> None:
         """Wait for the device; UserError if the loss became non-finite in some step of this epoch."""

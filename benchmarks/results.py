@@ -53,9 +53,9 @@ def complete(row: Row, run: str, args) -> None:
     check_startable(row, run, args)
     folder, note, command = args.runs / run, note_of(args.runs, run), row.runs()[run]
     if folder.is_dir() and not row.can_be_resumed and not (folder / "summary.json").is_file():
-        print(f"{run} was cut short, and can't be gone on with: it starts again")
+        print(f"{run} was cut short, and can't be resumed: it starts again")
         shutil.rmtree(folder)
-    precision = args.mixed_precision or next((other["precision"] for other in beside(row)), "no")
+    precision = args.mixed_precision or next((read_made(kept / MADE)["precision"] for kept in beside(row)), "no")
     made = {"command": shlex.join(command), "precision": precision, "sessions": []}
     if note.is_file() and folder.is_dir():
         made = read_made(note)
@@ -92,30 +92,30 @@ def check_startable(row: Row, run: str, args) -> None:
             f"{folder} was started by another command than the plan's, or its recipe has changed since: delete it and "
             f"{note} to start over"
         )
-    if note.is_file() and folder.is_dir():
+    if note.is_file() and folder.is_dir() and (row.can_be_resumed or (folder / "summary.json").is_file()):
         return  # it is resumed as it was begun
-    for made in beside(row):
+    for kept in beside(row):
+        made = read_made(kept / MADE)
         if args.mixed_precision not in (None, made["precision"]):
             raise UserError(
-                f"--mixed_precision {args.mixed_precision}: {row.name} is compared with runs in {made['precision']}, "
-                "or averaged with them; leave it out",
+                f"--mixed_precision {args.mixed_precision}: {row.name} is compared or averaged with {kept}, in "
+                f"{made['precision']}; leave the option out",
                 USAGE,
             )
         weights = {it["weights_sha256"] for it in made["sessions"] if "weights_sha256" in it}
         given = weights_given(args.weights) if "WEIGHTS" in row.options else set()
         if given and weights and given != weights:
             raise UserError(
-                f"--weights: {row.name} is compared with runs from other weights, or averaged with them: their "
-                f"SHA-256 begins with {min(weights)[:12]}. To start over with these, delete "
-                f"{RESULTS}/{row.against or row.name}*",
+                f"--weights: {row.name} is compared or averaged with {kept}, from other weights, whose SHA-256 begins "
+                f"with {min(weights)[:12]}; to start over with these, delete that folder and its like",
                 USAGE,
             )
 
 
-def beside(row: Row) -> list[dict]:
-    """How the kept runs were made that a row is averaged or compared with."""
+def beside(row: Row) -> list[Path]:
+    """The folders of the kept runs that a row is averaged or compared with."""
     names = [name for name in (row.name, row.against) if name]
-    return [read_made(path) for name in names for path in sorted(RESULTS.glob(f"{name}-seed*/{MADE}"))]
+    return [path.parent for name in names for path in sorted(RESULTS.glob(f"{name}-seed*/{MADE}"))]
 
 
 @functools.cache
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--mixed_precision",
         choices=("no", "bf16", "fp16"),
-        help="of new runs [that of the kept ones that they are compared with or averaged with; else no]",
+        help="of new runs [as the finished runs they are compared or averaged with; without any, no]",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the runs [runs]")
     args = parser.parse_args()
@@ -222,11 +222,12 @@ def main() -> None:
     for row, run in missing:
         try:
             complete(row, run, args)
-        except UserError as error:  # the next one may succeed
+            write_tables(plan, args.runs)
+        except Interrupted:
+            raise
+        except UserError as error:  # the next run may succeed
             print(f"error: {error}", file=sys.stderr)
             failed.append(run)
-        else:
-            write_tables(plan, args.runs)
     if failed:
         raise UserError(f"not made, for the reasons above: {', '.join(failed)}")
     if args.tables or args.run is not None:

@@ -77,7 +77,9 @@ def robustness(found: list[Figures]) -> str:
 
 
 def devices(found: list[Figures]) -> str:
-    return ", ".join(sorted({it["machine"]["device"] for one in found for it in one["made"]["sessions"]}))
+    return ", ".join(
+        sorted({it["machine"]["device"] for one in found for it in one["made"]["sessions"] if it["does"] == "train"})
+    )
 
 
 COLUMNS: dict[str, Callable[[list[Figures]], str]] = {

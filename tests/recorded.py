@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 import engine
 import train
+from processes import is_main
 from recipe import check
 
 PHASES = {
@@ -151,7 +152,7 @@ def main(parquet: str, folder: str, *names: str) -> None:
     for name in names:
         case = CASES[name]
         result = record(config_of(case, name, parquet, folder), case.get("double", False))
-        if train.Accelerator().is_main_process:
+        if is_main():
             Path(folder, f"{name}.json").write_text(json.dumps(result))
 
 

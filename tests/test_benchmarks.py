@@ -231,4 +231,4 @@ def test_an_epochs_parts_are_the_whole(command, tmp_path):
     (row,) = json.loads((tmp_path / "out.json").read_text())
     parts = ("training", "validation", "metrics", "best weights", "checkpoint", "rest")
     assert sum(row[name] for name in parts) == pytest.approx(row["whole"], abs=0.01)
-    assert all(row[name] > 0 for name in parts)
+    assert all(row[name] > 0 for name in parts if name != "metrics")  # which may be below a millisecond

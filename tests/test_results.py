@@ -20,7 +20,7 @@ import results_plan
 import results_tables
 
 import commandline
-from errors import UserError
+from errors import Interrupted, UserError
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, m
     results_tables.write_tables([it], args.runs)
     (line,) = (text for text in (project / "docs" / "results.md").read_text().splitlines() if "what small is |" in text)
     cells = [cell.strip() for cell in line.split("|")]
-    assert cells[3] == "1" and all(0 <= float(cell) <= 100 for cell in cells[8:11])
+    assert cells[3] == "1" and all(0 <= float(cell.rstrip(" †")) <= 100 for cell in cells[8:11])
     assert "demo_scratch..label_smoothing" in (results_plan.RESULTS / "small-seed0" / "config.yaml").read_text()
 
 
@@ -333,6 +333,16 @@ def test_a_row_that_fails_or_is_in_the_way_does_not_keep_the_others(project, arg
     assert "two-seed0 is left out: " in capsys.readouterr().err
 
 
+def test_ctrl_c_stops_them_all(project, args, monkeypatch):
+    def execute(*_):
+        raise Interrupted("stopped", 2)
+
+    monkeypatch.setattr(results, "execute", execute)
+    with pytest.raises(Interrupted):
+        run_all(monkeypatch, args, [row(name, robustness=False) for name in ("one", "two")])
+    assert [path.name for path in args.runs.iterdir()] == ["one-seed0.made.json"]
+
+
 def test_a_new_run_is_trained_in_the_precision_of_what_it_stands_beside(project, args, monkeypatch):
     base = write(row("base", robustness=False), [0.5])
     (made,) = (results_plan.RESULTS / "base-seed0").glob("made.json")
@@ -344,7 +354,9 @@ def test_a_new_run_is_trained_in_the_precision_of_what_it_stands_beside(project,
     assert said[0][5] == "bf16"
     shutil.rmtree(results_plan.RESULTS / "other-seed0")
     shutil.rmtree(args.runs)
-    with pytest.raises(UserError, match="--mixed_precision fp16: other is compared with runs in bf16"):
+    with pytest.raises(
+        UserError, match="--mixed_precision fp16: other is compared or averaged with .*base-seed0, in bf16"
+    ):
         run_all(monkeypatch, args, [base, other], "other", "--mixed_precision", "fp16")
 
 
@@ -356,7 +368,10 @@ def test_other_weights_are_not_compared(project, args, monkeypatch):
     made.write_text(json.dumps(recorded))
     other = row("other", robustness=False, against="base", options=results_plan.WEIGHTS)
     monkeypatch.setattr(results, "execute", lambda *_: pytest.fail("something is trained"))
-    with pytest.raises(UserError, match=r"other is compared with runs from other weights.* begins with ffffffffffff"):
+    with pytest.raises(
+        UserError,
+        match=r"other is compared or averaged with .*base-seed0, from other weights.* begins with ffffffffffff",
+    ):
         run_all(monkeypatch, args, [base, other], "other")
 
 

@@ -300,7 +300,7 @@ def test_the_option_is_for_one_run_and_free_when_it_is_resumed(make_config, caps
     with runs.opened(Accelerator(cpu=True), config, None) as run:
         assert read_yaml(run / "config.yaml")["push_to_hub"] is None
         settled = runs.check_changes(Accelerator(cpu=True), config, run, begun=2)
-        runs.record(Accelerator(cpu=True), settled, run, micro_batch_size=4)
+        runs.record(settled, run, micro_batch_size=4)
     assert settled.push_to_hub == "user/model"
     assert read_yaml(run / "config.yaml")["push_to_hub"] is None
     assert "push_to_hub" not in capsys.readouterr().out
