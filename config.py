@@ -129,8 +129,8 @@ class DataConfig(_Section):
         None,
         ge=0,
         le=256,
-        description="worker processes that decode images, for each process that trains (default: cores - 1, but all cores "
-        "for decoding before training, and 1 to 4 in any case; for predict.py's --images and distorted images 1 to 16)",
+        description="worker processes that decode images, for each process that trains (default: cores - 1, all cores "
+        "for decoding before training, but 1 to 4; for predict.py's --images and distorted images 1 to 16)",
     )
     shuffle_buffer: int = Field(
         10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
