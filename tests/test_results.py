@@ -22,10 +22,13 @@ import results_tables
 import commandline
 from errors import Interrupted, UserError
 
+COMPARISON = results_tables.write_comparison
+
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """The documents and recipes that tables are written into, as a copy."""
+    """The documents and recipes that tables are written into, copied; no comparison, which takes seconds."""
+    monkeypatch.setattr(results_tables, "write_comparison", lambda runs: None)
     for name in ("docs", "recipes"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "README.md", tmp_path)
@@ -400,7 +403,8 @@ def test_only_seeds_that_are_done_are_named(project, args, lost, said):
     assert "| what three is | 2 |" in text and re.search(said, text)
 
 
-def test_the_comparison_shows_the_main_rows_with_their_curves(project, args):
+def test_the_comparison_shows_the_main_rows_with_their_curves(project, args, monkeypatch):
+    monkeypatch.setattr(results_tables, "write_comparison", COMPARISON)
     rows = [write(row("reproduce"), [0.5]), write(row("explain", part="explain", against="explain"), [0.5])]
     shutil.rmtree(project / "docs" / "curves", ignore_errors=True)
     results_tables.write_tables(rows, args.runs)
@@ -483,8 +487,9 @@ def test_damage_is_told(project, args):
         results_tables.write_tables([it], args.runs)
 
 
-def test_no_figure_in_the_tables_was_typed_by_hand(project, args):
+def test_no_figure_in_the_tables_was_typed_by_hand(project, args, monkeypatch):
     """The committed tables are what the committed files give."""
+    monkeypatch.setattr(results_tables, "write_comparison", COMPARISON)
     results_tables.write_tables(results_plan.read_plan(project / "docs" / "results" / "plan.yaml"), args.runs)
     for path in (
         "README.md",
