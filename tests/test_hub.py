@@ -99,7 +99,8 @@ def large(tmp_path_factory):
         yield hub
 
 
-@pytest.mark.parametrize("keep_mb, times", [(2048, 1), pytest.param(5, 10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_mb, times", [(2048, 1), (5, 10)])
 def test_a_run_downloads_each_byte_once_if_it_may_keep_them(large, command, tmp_path, keep_mb, times):
     """Otherwise each of its five epochs reads it for training, and once more for validation."""
     large.sent.clear()

@@ -103,6 +103,7 @@ def whole_and_resumed(config, monkeypatch, step):
     return whole, train.train(config, resume=run)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_without_validation_goes_on_too(make_config, monkeypatch):
     config = make_config({"all": phase(epochs=2, lr=1e-2)}, data={"folds": None}, augment=DRAWING)
     whole, run = whole_and_resumed(config, monkeypatch, step=STEPS + 5)
