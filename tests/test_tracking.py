@@ -109,6 +109,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_within_the_interval_and_names_i
     assert seen - 1 <= len(passed) <= seen
 
 
+def test_the_rate_counts_the_wait_for_the_device_at_the_end(start, monkeypatch):
+    """A GPU's last steps are only queued when the loop has made them."""
+    clock, track = [0.0], start()
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(track, "check_finite", lambda: clock.__setitem__(0, clock[0] + 10))
+    list(track.watch(iter(steps(5)), "phase head, epoch 1", images=160))
+    assert track.images_per_second == 160 / 20, "waited for after the first step and after the last"
+
+
 def test_steps_of_a_resumed_epoch_are_numbered_on(start):
     with pytest.raises(UserError, match="epoch 1, step 109: "):
         list(start().watch(iter(steps(20, 9)), "phase head, epoch 1", images=None, made=100))
