@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import augment
@@ -118,7 +118,7 @@ class Classifier:
                 yield Predicted(*(part.cpu() for part in gathered), batch["image"][: len(own)].cpu(), own)
 
     def _log_probabilities(self, images: Tensor) -> Tensor:
-        """Log of the views' mean probabilities (B, classes), for uint8 images (B, 3, H, W)."""
+        """`log_probabilities` of uint8 images (B, 3, H, W), brought to the model's size."""
         images = self.transform(images)
         if images.shape[2:] != self.size:  # non-square images are never resized, as in training
             (height, width), (found_height, found_width) = self.size, images.shape[2:]
@@ -126,9 +126,14 @@ class Classifier:
                 f"images of {found_width}x{found_height} pixels: this run's model takes {width}x{height}, and only to "
                 "square sizes are images brought"
             )
-        shown = views(images, self.tta)
-        each = torch.stack([self.model(view).float().log_softmax(1) for view in shown])
-        return each.logsumexp(0) - math.log(len(shown))
+        return log_probabilities(self.model, images, self.tta)
+
+
+def log_probabilities(model: nn.Module, images: Tensor, tta: str | None) -> Tensor:
+    """Log of the mean over views of the probabilities (B, classes), for normalised images (B, 3, H, W)."""
+    shown = views(images, tta)
+    each = torch.stack([model(view).float().log_softmax(1) for view in shown])
+    return each.logsumexp(0) - math.log(len(shown))
 
 
 def views(images: Tensor, tta: str | None) -> list[Tensor]:

@@ -255,3 +255,25 @@ def ema():
     patching.patch(train, "validate", make_validate)
     patching.patch(checkpoint, "save_best", make_save)
     patching.patch(checkpoint, "load_best", make_load)
+
+
+@patching.named
+def flips_averaged():
+    """Validation and test average the probabilities of each image and its mirror image, as predict.py --tta flips."""
+    from torch import nn
+
+    import train
+    from inference import log_probabilities
+
+    class Averaged(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return log_probabilities(self.model, images, "flips")
+
+    def make(validate):
+        return lambda accelerator, model, *rest: validate(accelerator, Averaged(model), *rest)
+
+    patching.patch(train, "validate", make)

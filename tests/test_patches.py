@@ -159,6 +159,16 @@ def test_averaged_weights_are_judged_and_kept_and_the_models_own_train_on(patche
     assert model.weight.item() == 2.0
 
 
+def test_flips_are_averaged_in_validation_alone(monkeypatch, patched):
+    monkeypatch.setattr(train, "validate", lambda accelerator, model, images: model.eval()(images))
+    patched("flips_averaged")
+    model, images = timm.create_model("test_resnet", num_classes=10), torch.randn(2, 3, 32, 32)
+    judged = train.validate(None, model, images)
+    assert not model.training  # as validation wants it
+    each = torch.stack([model(view).softmax(1) for view in (images, images.flip(3))])
+    torch.testing.assert_close(judged.exp(), each.mean(0))
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +201,7 @@ def test_mistakes_are_told_in_a_line(command, line, said):
     [
         "drifting_batch_norm label_smoothing no_decay_on_norms ema",
         "trivial_augment layer_decay",
-        "unaugmented erasing noise_and_blur",
+        "unaugmented erasing noise_and_blur flips_averaged",
     ],
 )
 def test_patched_runs_train_and_are_gone_on_with_only_so(command, parquet, tmp_path, names):
