@@ -136,7 +136,7 @@ def newest(run: Path) -> Saved | None:
     try:
         return Saved(path, RunState(**content.pop("state")), content)
     except (KeyError, TypeError) as error:
-        raise UserError(f"--resume: {path}/state.json is of another version of this software ({error})") from error
+        raise UserError(f"--resume: {path}/state.json comes from another version of this software ({error})") from error
 
 
 def _newest_whole(run: Path) -> Path | None:
@@ -145,11 +145,11 @@ def _newest_whole(run: Path) -> Path | None:
         fault = _fault(path)
         if fault is None:
             if torn:
-                print(f"damaged: {'; '.join(torn)}. Going on from the one before, {path.name}", file=sys.stderr)
+                print(f"damaged: {'; '.join(torn)}. Continuing from the one before, {path.name}", file=sys.stderr)
             return path
         torn.append(f"checkpoint {path}: {fault}")
     if torn:
-        raise UserError(f"--resume: no checkpoint of {run} is whole ({'; '.join(torn)}); best/ is as it was")
+        raise UserError(f"--resume: {run} has no intact checkpoint ({'; '.join(torn)}); best/ is unchanged")
     return None
 
 
@@ -230,7 +230,7 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
         raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error
     if not restored:
         raise UserError(
-            f"--resume: {path} has no fitting random states for process {accelerator.process_index}: resume with as "
+            f"--resume: {path} has no matching random states for process {accelerator.process_index}: resume with as "
             "many processes, and devices of the same kind and number, as the run was started with"
         )
     epoch = load_file(path / f"epoch_{accelerator.process_index}.safetensors")

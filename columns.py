@@ -62,7 +62,7 @@ def with_classes(split, label: str, config: DataConfig, only_test: bool):
         )
     if isinstance(split, IterableDataset):
         raise UserError(
-            f"data.label: how many classes column '{label}' has can't be told from a stream; --data.streaming false",
+            f"data.label: the classes of column '{label}' can't be counted in a stream: --data.streaming false",
             USAGE,
         )
     most = max((value for value in split.unique(label) if value is not None), default=0)

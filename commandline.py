@@ -51,7 +51,7 @@ def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config,
     config = overridden(tree, overrides, path)
     script = " ".join(script_of(config.recipe))
     if not patched and script != "train.py":
-        raise UserError(f"{path} is of a run whose training was patched: go on by {script} in the place of train.py")
+        raise UserError(f"{path} belongs to a run with patched training: continue it with {script} instead of train.py")
     return config, run
 
 
@@ -86,7 +86,7 @@ def _recorded_recipe(path: Path) -> str | None:
         return read_yaml(path).get("recipe")
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"passed over: {error}", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
         return None
 
 

@@ -38,7 +38,7 @@ def _split_commas(value):
 def _whole_or_auto(value):
     if value in (None, "auto") or (type(value) is int and value >= 1):
         return value
-    raise ValueError("should be a whole number from 1, or auto")
+    raise ValueError("should be a whole number of at least 1, or auto")
 
 
 def hub_id(text: str) -> str:
@@ -64,7 +64,7 @@ class _Section:
     def _as_meant(cls, value, info):
         annotation = cls.__pydantic_fields__[info.field_name].annotation
         if isinstance(value, bool) and bool not in (annotation, *typing.get_args(annotation)):
-            raise ValueError("should not be true or false (nor yes, no, on, off: YAML reads them so; quote a text)")
+            raise ValueError("should not be true or false (YAML reads yes, no, on, off as these: put text in quotes)")
         if isinstance(value, str) and UNPRINTABLE.search(value):
             raise ValueError("holds a character that can't be printed")
         return value
@@ -155,7 +155,7 @@ class DataConfig(_Section):
     @model_validator(mode="after")
     def _fold_exists(self):
         if self.folds is None and self.fold:
-            raise ValueError(f"fold is {self.fold}, but folds is null, so that there is no such part")
+            raise ValueError(f"fold is {self.fold}, but folds is null: nothing is held out")
         if self.folds and self.fold >= self.folds:
             raise ValueError(f"fold is {self.fold}, but with {self.folds} folds it goes from 0 to {self.folds - 1}")
         return self
@@ -324,7 +324,7 @@ class Config(_Section):
             if decided:
                 raise ValueError(
                     f"data.folds null leaves no validation, which {', '.join(decided)} need: choose cosine or "
-                    "constant, and null"
+                    "constant schedules, and no early stopping"
                 )
         return self
 
@@ -345,7 +345,7 @@ class Config(_Section):
         except (OSError, RuntimeError) as error:  # a name that is too long, an unknown ~user
             raise UserError(f"output_dir: {self.output_dir} can't be used: {error}", USAGE) from None
         if not there.is_dir():
-            raise UserError(f"output_dir: {there} is no folder", USAGE)
+            raise UserError(f"output_dir: {there} is not a folder", USAGE)
         if not os.access(there, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: {folder} can't be written: no permission in {there}", USAGE)
         return folder

@@ -110,7 +110,7 @@ def corrupt(row: Mapping, image: str, split: str, error: CorruptImage) -> UserEr
         which = f"an image of {len(content)} bytes (BLAKE2b {digest}; " if content else "an empty image ("
         unnamed = f"{which}--data.streaming false names its row)"
         where = path or unnamed
-    return UserError(f"{where} can't be decoded: {error}; mend or remove it, or --data.on_corrupt skip")
+    return UserError(f"{where} can't be decoded: {error}; repair or remove it, or --data.on_corrupt skip")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Collate:
         if self.image_size is None and odd:
             raise UserError(
                 f"images differ in size ({expected[0]}x{expected[1]} and {odd[0]}x{odd[1]} pixels): "
-                "set the size they are all brought to, for example --data.image_size 224"
+                "set a size to resize them all to, for example --data.image_size 224"
             )
         if self.image_size and (odd or self._must_fit()):
             square = (self.image_size, self.image_size)

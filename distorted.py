@@ -102,7 +102,7 @@ def known_classes(class_names: list[str], option: str) -> list[str]:
     for names in (list(CIFAR100), on_the_hub, numbers):
         if sorted(names) == sorted(class_names):
             return names
-    raise UserError(f"{option}: its images are of CIFAR-100's classes, and the run was not trained on these", USAGE)
+    raise UserError(f"{option}: its images show CIFAR-100's classes, which the run was not trained on", USAGE)
 
 
 def course(folder: Path) -> Files:

@@ -43,7 +43,7 @@ def explained(
         if out_of_memory(error):
             device = accelerator.device.type
             raise UserError(
-                f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Ways on: a "
+                f"out of memory with {micro_batch_size} images per forward pass on each process ({device}). Try a "
                 f"smaller --data.micro_batch_size (the batch size stays)"
                 f"{', or auto for it; --mixed_precision bf16' * (not begun)}"
                 f"{'; --cuda_graphs false, --data.keep_mb 0' * (device == 'cuda' and run is not None)}; {resume_hint}"
@@ -65,7 +65,7 @@ def explained(
             ) from error
         if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
             ways = resume_hint if run is None or run.exists() else "what it said itself is the reason"
-            raise UserError(f"another process of this run is gone ({first_line(error)}); {ways}") from error
+            raise UserError(f"another process of this run has died ({first_line(error)}); {ways}") from error
         raise
 
 

@@ -79,7 +79,7 @@ def _folder(variable: str, otherwise: Path) -> Path:
 def unreachable(wanted: str) -> UserError:
     """The error for something that is not in the cache and can't be downloaded."""
     return UserError(
-        f"the hub ({endpoint()}) can't be reached, and {wanted} is not in this machine's cache. Ways on: connect; or "
+        f"the hub ({endpoint()}) can't be reached, and {wanted} is not in this machine's cache. Connect; or "
         "use local data (--data.source FOLDER) and local weights (--model.weights FILE.safetensors), or train from "
         "scratch (--model.pretrained false); or see it work on embedded data: make demo"
     )
@@ -146,7 +146,7 @@ def lost(problem: str) -> UserError:
     """The error for a hub that stopped answering in the middle of a run."""
     return UserError(
         f"the hub ({endpoint()}) stopped answering ({problem}), and {LOST_AFTER} seconds of asking again did not help. "
-        "When it is back, go on after the last finished epoch with --resume and the run's folder, or start again if "
+        "When it is back, continue after the last finished epoch with --resume and the run's folder, or start again if "
         "there is none"
     )
 

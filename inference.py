@@ -86,8 +86,8 @@ class Classifier:
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise UserError(
-                f"{source}: its classes {', '.join(unknown[:5])}{more} are none of the {len(self.class_names)} that "
-                "this run was trained on; classes are told apart by their names"
+                f"{source}: its classes {', '.join(unknown[:5])}{more} are not among the {len(self.class_names)} that "
+                "this run was trained on; classes are matched by name"
             )
         return torch.tensor([*map(self.class_names.index, class_names), IGNORED])
 
@@ -123,8 +123,8 @@ class Classifier:
         if images.shape[2:] != self.size:  # non-square images are never resized, as in training
             (height, width), (found_height, found_width) = self.size, images.shape[2:]
             raise UserError(
-                f"images of {found_width}x{found_height} pixels: this run's model takes {width}x{height}, and only to "
-                "square sizes are images brought"
+                f"images of {found_width}x{found_height} pixels: this run's model takes {width}x{height}, and "
+                "images are only resized to squares"
             )
         return log_probabilities(self.model, images, self.tta)
 
@@ -162,7 +162,7 @@ def described(run: Path) -> tuple[list[str], tuple[int, int]]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         names, (_, height, width) = saved["label_names"], saved["pretrained_cfg"]["input_size"]
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("label_names is no list of names")
+            raise ValueError("label_names is not a list of names")
         if not all(type(side) is int and 0 < side <= 4096 for side in (height, width)):
             raise ValueError("input_size is not three whole numbers")
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:

@@ -48,7 +48,7 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise UserError(
-            f"{world} processes were launched, but each of them believes to be alone. {_several(world)}", USAGE
+            f"{world} processes were launched, but each believes that it is alone. {_several(world)}", USAGE
         )
     kind = accelerator.device.type
     if kind == "cpu" and accelerator.mixed_precision == "fp16":
@@ -57,7 +57,7 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     able = {"sync_batch_norm": on_gpu, "tf32": on_gpu and has_tf32()}
     for option, can_be_had in able.items():
         if getattr(config, option) and not can_be_had:
-            raise UserError(f"{option}: there is no such thing on this device ({kind}); leave it out", USAGE)
+            raise UserError(f"{option}: not available on this device ({kind}); leave it out", USAGE)
     if on_gpu:
         if accelerator.device.index is not None:  # a device from ACCELERATE_TORCH_DEVICE is not yet current
             torch.cuda.set_device(accelerator.device)
@@ -168,7 +168,7 @@ def hint_at_bf16(accelerator: Accelerator) -> None:
     has = has_bf16(accelerator.device)
     if accelerator.mixed_precision == "no" and has:
         accelerator.print(
-            "hint: this machine computes in bf16, too, mostly faster: accelerate launch --mixed_precision bf16 ..."
+            "hint: this machine also computes in bf16, usually faster: accelerate launch --mixed_precision bf16 ..."
         )
     if accelerator.mixed_precision == "bf16" and has is False:
         accelerator.print(
@@ -306,7 +306,8 @@ def share_of_batch(config: Config, accelerator: Accelerator) -> tuple[int, int]:
     if total % processes:
         nearest = f"{share * processes} or {(share + 1) * processes}" if share else processes
         raise UserError(
-            f"data.batch_size: {total} images can't be shared out to {processes} processes; nearest: {nearest}", USAGE
+            f"data.batch_size: {total} images can't be divided equally among {processes} processes; nearest: {nearest}",
+            USAGE,
         )
     if micro and share % micro:
         divisors = [part for part in range(1, share + 1) if share % part == 0]

@@ -201,7 +201,7 @@ def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
     except Exception as error:  # whatever a layer raises if its input has become too small
         raise UserError(
             f"model.name: {name} can't take {size[1]}x{size[0]} images ({first_line(error)}); "
-            "set the size that they are brought to, for example --data.image_size 224",
+            "set a size to resize them to, for example --data.image_size 224",
             USAGE,
         ) from error
     model.train()

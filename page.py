@@ -86,7 +86,7 @@ def render(runs: list[Run]) -> str:
         robustness=_robustness,
     )
     if len(page.encode()) > LIMIT:
-        raise UserError(f"the page would have more than {LIMIT // 10**6} MB: name fewer runs")
+        raise UserError(f"the page would be larger than {LIMIT // 10**6} MB: name fewer runs")
     return page
 
 

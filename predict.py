@@ -103,11 +103,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
 def _check_together(args: argparse.Namespace) -> None:
     """UserError if an option does not fit what is to be predicted."""
     if args.limit and (args.ood or args.push_to_hub):
-        raise UserError("--limit: a submission and an upload are whole or they are none", USAGE)
+        raise UserError("--limit: a submission or an upload must be complete", USAGE)
     if args.output and (args.robustness or args.cifar100c or args.push_to_hub):
-        raise UserError("--output: it is for predictions, and only accuracies are written here", USAGE)
+        raise UserError("--output: it names the CSV of predictions, and only accuracies are written here", USAGE)
     if args.seed is not None and not args.robustness:
-        raise UserError("--seed: it is the seed of --robustness; nothing else here is drawn", USAGE)
+        raise UserError("--seed: it is the seed of --robustness; nothing else here is random", USAGE)
     if args.tta and args.push_to_hub:
         raise UserError("--tta: an upload predicts nothing", USAGE)
     chosen = next((name for name in WHICH_DATA if f"data.{name}" in vars(args)), None)
@@ -116,7 +116,7 @@ def _check_together(args: argparse.Namespace) -> None:
     if args.output and (not args.output.name or os.path.isdir(args.output)):
         raise UserError(f"--output: {args.output} is a folder: name a file in it", USAGE)
     if args.output and os.path.exists(args.output) and not os.path.isfile(args.output):
-        raise UserError(f"--output: {args.output} is no file that can be replaced", USAGE)
+        raise UserError(f"--output: {args.output} is not a regular file", USAGE)
     if args.images and not os.path.isdir(args.images):
         raise UserError(f"--images: there is no folder {args.images}", USAGE)
 
@@ -138,7 +138,7 @@ def _hub_id(text: str) -> str:
 
 def _at_least(least: int, text: str) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"should be a whole number from {least}, not {text}")
+        raise argparse.ArgumentTypeError(f"should be a whole number of at least {least}, not {text}")
     return int(text)
 
 

@@ -200,7 +200,7 @@ def main() -> None:
     if len(skipped) == len(args.runs):
         raise UserError(f"{skipped[0]} is a file: name run folders, as in report.py runs/NAME", USAGE)
     for path in skipped:
-        print(plain(f"{path}: a file, no run folder: left out"), file=sys.stderr)
+        print(plain(f"{path}: a file, not a run folder: left out"), file=sys.stderr)
     runs = read_runs([path for path in args.runs if path not in skipped])
     for run in runs:
         for note in run.notes:

@@ -286,7 +286,7 @@ def _history(path: Path, notes: list[str], validates: bool) -> list[dict]:
                     break
                 raise
             if not isinstance(row, dict):
-                raise ValueError(f"line {count} is no JSON object")
+                raise ValueError(f"line {count} is not a JSON object")
             rows.append(_epoch(row, count))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.parent}: {path.name} is damaged ({_why(error)})") from None
@@ -307,7 +307,7 @@ def _summary(path: Path, notes: list[str]) -> dict:
         text = _read(path, path.parent)
         summary = json.loads(text) if text else {}
         if not isinstance(summary, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         notes.append(plain(f"{path.name} is left out: {_why(error)}"))
         return {}

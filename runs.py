@@ -119,7 +119,9 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
 
     names = list(before.phases)[:begun]
     if names != list(config.phases)[:begun]:
-        raise UserError(f"--resume: {', '.join(names)} have begun, but now it is {', '.join(config.phases)}", USAGE)
+        raise UserError(
+            f"--resume: {', '.join(names)} have begun, but the phases now are {', '.join(config.phases)}", USAGE
+        )
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     for field in sorted(old.keys() | new.keys()):
         was, now = old.get(field), new.get(field)

@@ -76,11 +76,11 @@ def check(repository: str) -> None:
     except Exception as error:  # the network raises many types
         why = _reason(error, token)
         raise UserError(
-            f"--push_to_hub: the hub ({hub.endpoint()}) takes no upload ({why}); {LOG_IN}", USAGE
+            f"--push_to_hub: the hub ({hub.endpoint()}) accepts no upload ({why}); {LOG_IN}", USAGE
         ) from error
     access = (account.get("auth") or {}).get("accessToken") or {}
     if access.get("role") == "read":
-        raise UserError(f"--push_to_hub: the token of {account.get('name')} may only read; {LOG_IN}", USAGE)
+        raise UserError(f"--push_to_hub: the token of {account.get('name')} is read-only; {LOG_IN}", USAGE)
 
 
 def push(run: Path, repository: str) -> str:

@@ -129,7 +129,7 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
         try:
             end = pa.parquet.read_metadata(name)
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"data.source: {name} is no whole parquet file: {first_line(error)}") from error
+            raise UserError(f"data.source: {name} is not an intact parquet file: {first_line(error)}") from error
         rows[split] = rows.get(split, 0) + end.num_rows
         try:
             features = Features.from_arrow_schema(end.schema.to_arrow_schema())

@@ -74,7 +74,7 @@ class Stream(Sampler):
         except (UserError, GeneratorExit):
             raise
         except Exception as error:  # whatever can go wrong with a file, a format or a connection
-            raise UserError(f"data.source: {self.source} can't be read on: {first_line(error)}") from error
+            raise UserError(f"data.source: {self.source} can't be read any further: {first_line(error)}") from error
         finally:
             reader.shutdown(cancel_futures=True)
             fetcher.shutdown()

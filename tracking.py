@@ -106,13 +106,13 @@ class Tracking:
             self._diverged(f"the validation loss is not finite after {title}, whose weights are not kept")
 
     def _diverged(self, what: str) -> NoReturn:
-        ways = "start again with --clip_norm 1 or a lower lr"
+        ways = "again with --clip_norm 1 or a lower lr"
         if checkpoint.begun(self.history.parent):
             ways = (
                 f"--resume {self.history.parent} --clip_norm 1, or with a lower lr for this phase if no checkpoint was "
                 "written in it; or a new run"
             )
-        raise UserError(f"{what}. Ways on: {ways}", shared=True)
+        raise UserError(f"{what}. Try {ways}", shared=True)
 
     def epoch(
         self, phase: str, state: RunState, lr: float, trained: dict, validated: dict, seconds: float, best: bool
@@ -173,7 +173,7 @@ class Tracking:
             tell()
         except Exception as error:  # whatever W&B raises once its service is gone
             self.tracker_works = False
-            print(f"W&B is gone ({first_line(error)}): training goes on; see {self.history}", file=sys.stderr)
+            print(f"W&B stopped working ({first_line(error)}): training continues; see {self.history}", file=sys.stderr)
 
 
 def _forget_later_epochs(history: Path, state: RunState) -> None:
@@ -181,11 +181,11 @@ def _forget_later_epochs(history: Path, state: RunState) -> None:
     try:
         lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
     except (OSError, ValueError) as error:
-        raise UserError(f"{history} can't be read ({first_line(error)}); put it back") from error
+        raise UserError(f"{history} can't be read ({first_line(error)}); restore it") from error
     if not state.step and len(lines) > 1:  # a run killed before its first checkpoint leaves one
         raise UserError(
-            f"{history} holds {len(lines)} epochs, but there is no checkpoint to go on from: put checkpoints/ back, or "
-            "start a new run"
+            f"{history} holds {len(lines)} epochs, but there is no checkpoint to continue from: restore checkpoints/, "
+            "or start a new run"
         )
     if len(lines) < state.epoch:
         raise UserError(f"{history} holds {len(lines)} epochs, but {state.epoch} were finished")

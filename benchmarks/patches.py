@@ -42,7 +42,7 @@ def main() -> None:
     config, resume = parse(rest, patched=True)
     recipe = config.recipe.partition(PATCHED)[0] + mark(args.patches)
     if len(recipe) > PLAIN_NAME["max_length"]:
-        parser.error("that many patches have no room in the recipe's name, which says them; name fewer")
+        parser.error("the recipe's name, which records the patches, would be too long: name fewer")
     if resume and config.recipe != recipe:
         raise UserError(f"--resume: {resume} was started as {config.recipe}, not with these patches alone", USAGE)
     if resume and "ema" in args.patches:

@@ -71,7 +71,7 @@ def complete(row: Row, run: str, args) -> None:
         code, facts["peak_memory_mib"] = execute(args, [*launcher(made["precision"]), *words], folder)
         write_whole(note, json.dumps(made, indent=1) + "\n")
         if code:
-            raise UserError(f"{run}: that command has ended with exit code {code}, for the reason above")
+            raise UserError(f"{run}: that command ended with exit code {code}, for the reason above")
 
     args.runs.mkdir(parents=True, exist_ok=True)
     if not (folder / "summary.json").is_file():
@@ -152,7 +152,7 @@ def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
         process.wait()
         if (folder / "checkpoints").is_dir():
             FileLock(folder / "checkpoints" / ".lock").acquire()
-        raise Interrupted("stopped; the same command goes on", 2) from None
+        raise Interrupted("stopped; the same command continues", 2) from None
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss // 1024
 
 
@@ -217,7 +217,7 @@ def main() -> None:
             print(f"{run} is left out: {error}", file=sys.stderr)
             missing.remove((row, run))
     if args.weights and not os.path.isfile(weights_file(args.weights)):
-        raise UserError(f"--weights: {args.weights} is no file of weights and no run's best/", USAGE)
+        raise UserError(f"--weights: {args.weights} is neither a file of weights nor a run's best/", USAGE)
     failed = []
     for row, run in missing:
         try:

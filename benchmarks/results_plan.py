@@ -115,7 +115,7 @@ def read_plan(path: Path) -> list[Row]:
     names = [row.name for row in plan]
     for row in plan:
         if names.count(row.name) > 1:
-            raise UserError(f"{path}: {row.name} is there twice", USAGE)
+            raise UserError(f"{path}: {row.name} is listed twice", USAGE)
         if not recipe_of(row).is_file():
             raise UserError(f"{path}: {row.name}: there is no {recipe_of(row)}", USAGE)
         if (

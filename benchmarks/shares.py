@@ -50,7 +50,7 @@ def shares(path: Path) -> tuple[float, int, Counter]:
         for event in events:
             threads[event["tid"]].append((event["ts"], event["dur"], event["name"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no trace that --profile wrote: {first_line(error)}") from error
+        raise UserError(f"{path} is not a trace that --profile wrote: {first_line(error)}") from error
     steps = [event["dur"] for event in events if event["name"].startswith("ProfilerStep")]
     if not steps:
         raise UserError(f"{path} holds no steps")

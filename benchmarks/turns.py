@@ -170,7 +170,7 @@ def ratio(process: Process, other: Process) -> tuple[float, list[float]]:
 def positive(text: str) -> int:
     """argparse type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a whole number from 1, not {text}")
+        raise argparse.ArgumentTypeError(f"should be a whole number of at least 1, not {text}")
     return int(text)
 
 
@@ -193,7 +193,7 @@ def count(text: str) -> int:
 def check_shares(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with an error if the batch can't be split equally."""
     if odd := [processes for processes in args.processes if args.batch_size % processes]:
-        parser.error(f"--batch_size: {args.batch_size} images can't be shared out equally to {odd[0]} processes")
+        parser.error(f"--batch_size: {args.batch_size} images can't be divided equally among {odd[0]} processes")
 
 
 def output(text: str) -> Path:

@@ -38,10 +38,10 @@ def test_help_teaches(command, script):
     [
         ("throughput.py --data nowhere", "--data: should be embedded, or a folder of parquet, not nowhere"),
         ("scaling.py --output /nowhere/x", "--output: there is no folder /nowhere"),
-        ("augment.py --batches 0", "--batches: should be a whole number from 1, not 0"),
-        ("levers.py --rounds 0", "--rounds: should be a whole number from 1, not 0"),
+        ("augment.py --batches 0", "--batches: should be a whole number of at least 1, not 0"),
+        ("levers.py --rounds 0", "--rounds: should be a whole number of at least 1, not 0"),
         ("throughput.py --seconds nan", "--seconds: should be a number of seconds above 0, not nan"),
-        ("scaling.py --rows 1k", "--rows: should be a whole number from 1, not 1k"),
+        ("scaling.py --rows 1k", "--rows: should be a whole number of at least 1, not 1k"),
         ("time_to_accuracy.py --weights nowhere.safetensors", "--weights: there is no file nowhere.safetensors"),
     ],
 )
@@ -157,7 +157,7 @@ def test_an_operations_share_is_its_own_time(tmp_path, command):
     (tmp_path / "broken.json.gz").write_bytes(b"no trace")
     result = command("benchmarks/shares.py", str(tmp_path / "broken.json.gz"))
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: {tmp_path}/broken.json.gz is no trace that --profile wrote")
+    assert result.stderr.startswith(f"error: {tmp_path}/broken.json.gz is not a trace that --profile wrote")
 
 
 @pytest.mark.slow

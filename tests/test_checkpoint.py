@@ -164,7 +164,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(two_checkpoints, 
 
     damage(older / name)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=r"no checkpoint of .* is whole") as caught:
+    with pytest.raises(UserError, match=r"run has no intact checkpoint") as caught:
         checkpoint.newest(run)
     assert str(older) in str(caught.value) and str(newer) in str(caught.value)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, "nothing is overwritten"
@@ -242,10 +242,10 @@ def test_random_states_that_can_not_be_restored_are_an_error(prepared, tmp_path)
     states = checkpoint.load_safely(path)
     for wrong in (dict(states, torch_manual_seed=torch.zeros(3, dtype=torch.uint8)), dict(states, random_state=None)):
         torch.save(wrong, path)
-        with pytest.raises(UserError, match="no fitting random states for process 0"):
+        with pytest.raises(UserError, match="no matching random states for process 0"):
             checkpoint.restore(accelerator, saved, tmp_path)
     path.unlink()
-    with pytest.raises(UserError, match="no fitting random states for process 0"):
+    with pytest.raises(UserError, match="no matching random states for process 0"):
         checkpoint.restore(accelerator, saved, tmp_path)
 
 

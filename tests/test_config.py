@@ -164,7 +164,10 @@ def test_a_leading_zero_makes_no_octal_number(tmp_path, text, seed):
     [
         ("--seed 1:30", "seed: should be a valid integer, unable to parse string as an integer, not '1:30'"),
         ("--clip_norm 1:30.5", "clip_norm: should be a valid number, unable to parse string as a number, not '1:30.5'"),
-        ("--data.micro_batch_size 010", "data.micro_batch_size: should be a whole number from 1, or auto, not '010'"),
+        (
+            "--data.micro_batch_size 010",
+            "data.micro_batch_size: should be a whole number of at least 1, or auto, not '010'",
+        ),
     ],
 )
 def test_a_time_is_no_number(option, said):

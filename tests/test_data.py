@@ -250,7 +250,7 @@ def test_a_broken_parquet_file_is_named(tmp_path, content):
     parquet_of(tmp_path, [encode(image) for image in noise(20)])
     broken = tmp_path / "train-00001-of-00002.parquet"
     broken.write_bytes((tmp_path / "train.parquet").read_bytes()[:-9] if content is None else content)
-    with pytest.raises(UserError, match=f"data.source: {broken} is no whole parquet file"):
+    with pytest.raises(UserError, match=f"data.source: {broken} is not an intact parquet file"):
         load(tmp_path)
 
 

@@ -121,7 +121,7 @@ def test_labels_are_cifar_100s_classes_or_numbers():
     numbers = [str(number) for number in range(100)]
     assert distorted.known_classes(numbers, "--ood") == numbers
     for others in (names[:99], [*names[:99], "unicorn"], ["yes", "no"]):
-        with pytest.raises(UserError, match="--ood: its images are of CIFAR-100's classes"):
+        with pytest.raises(UserError, match="--ood: its images show CIFAR-100's classes"):
             distorted.known_classes(others, "--ood")
 
 

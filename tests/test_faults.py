@@ -274,6 +274,6 @@ def test_one_of_two_processes_is_killed_and_the_other_ends_by_itself(long_run):
     assert process.returncode == 1
     assert "Traceback" not in told
     last = told.strip().splitlines()[-1]
-    assert last.startswith("error: another process of this run is gone (")
+    assert last.startswith("error: another process of this run has died (")
     again = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2"
     assert re.search(rf"go on with: {again} .*train.py --resume {run}$", last)

@@ -71,7 +71,7 @@ def test_train_py_runs_on_two_processes(command, parquet, tmp_path):
 def test_two_jobs_that_believe_to_be_alone_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        UserError, match=r"2 processes were launched, but each of them believes to be alone.*--num_processes 2 train.py"
+        UserError, match=r"2 processes were launched, but each believes that it is alone.*--num_processes 2 train.py"
     ):
         launch.make_accelerator(make_config())
 
@@ -242,7 +242,7 @@ def test_processes_wait_as_long_for_one_another_as_is_said(minutes):
 @pytest.mark.parametrize("option", ["sync_batch_norm", "tf32"])
 def test_what_only_gpus_have_is_refused_on_a_cpu(make_config, monkeypatch, option):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(UserError, match=rf"^{option}: there is no such thing on this device \(cpu\); leave it out"):
+    with pytest.raises(UserError, match=rf"^{option}: not available on this device \(cpu\); leave it out"):
         launch.make_accelerator(make_config(**{option: True}))
 
 

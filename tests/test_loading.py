@@ -42,7 +42,9 @@ def corrupted(tmp_path):
 def test_a_corrupt_image_is_told_through_a_worker_too(corrupted, streaming, where):
     config = DataConfig(source=str(corrupted), workers=1, batch_size=2, streaming=streaming)
     source = data.load(config)
-    with pytest.raises(UserError, match=f"{where} can't be decoded: .*; mend or remove it, or --data.on_corrupt skip"):
+    with pytest.raises(
+        UserError, match=f"{where} can't be decoded: .*; repair or remove it, or --data.on_corrupt skip"
+    ):
         for split in ("train", "validation"):
             list(loading.loader(source, split, config, 2))
 

@@ -225,6 +225,8 @@ def test_train_does_not_go_on_with_a_patched_run(tmp_path, option):
     config = check(read_yaml(ROOT / "recipes" / "demo_scratch.yaml") | {"recipe": "demo_scratch..ema.erasing"}, "test")
     (run / "config.yaml").write_text(config.to_yaml())
     argv = [option, str(run if option == "--resume" else run / "config.yaml")]
-    with pytest.raises(UserError, match=r"patched: go on by benchmarks/patches.py ema erasing -- in"):
+    with pytest.raises(
+        UserError, match=r"patched training: continue it with benchmarks/patches.py ema erasing -- instead"
+    ):
         commandline.parse(argv)
     assert commandline.parse(argv, patched=True)[0].recipe == "demo_scratch..ema.erasing"

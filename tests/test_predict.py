@@ -470,7 +470,7 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
         (["--output", "nowhere/x.csv"], "--output: there is no folder"),
         (["--output", "."], "--output: . is a folder: name a file in it"),
         (["--output", "docs"], "--output: docs is a folder: name a file in it"),
-        (["--output", "/dev/full"], "--output: /dev/full is no file that can be replaced"),
+        (["--output", "/dev/full"], "--output: /dev/full is not a regular file"),
         (["--push_to_hub", "nonsense"], "push_to_hub: should be NAME/MODEL"),
         (["--seed", "1"], "--seed: it is the seed of --robustness"),
         (["--images", "docs", "--data.source", "embedded"], "--data.source: it chooses labelled data"),
@@ -555,7 +555,7 @@ def test_the_precision_is_that_of_the_training(run):
 def test_the_files_classes_are_cifar_100s(run, files, monkeypatch):
     monkeypatch.setattr(distorted, "CIFAR100", distorted.CIFAR100[:99])
     for option in ("--ood", "--cifar100c"):
-        with pytest.raises(UserError, match=f"{option}: its images are of CIFAR-100's classes"):
+        with pytest.raises(UserError, match=f"{option}: its images show CIFAR-100's classes"):
             judge(run, option, files)
 
 

@@ -246,7 +246,7 @@ def test_a_file_between_the_runs_is_left_out(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(run), str(tmp_path / "report.html")])
     report.main()
     said = capsys.readouterr()
-    assert "run" in said.out and said.err == f"{tmp_path}/report.html: a file, no run folder: left out\n"
+    assert "run" in said.out and said.err == f"{tmp_path}/report.html: a file, not a run folder: left out\n"
 
 
 @pytest.mark.parametrize("files", [["a.html"], ["a.html", "b.html"]])

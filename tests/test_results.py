@@ -108,9 +108,15 @@ def test_the_list_says_what_is_there(command):
     [
         (("--run", "nothing"), "--run: there is no row nothing"),
         (("--run", "resnet50"), "--weights: resnet50 needs them"),
-        (("--run", "short", "--weights", "nowhere"), "--weights: nowhere is no file of weights and no run's best/"),
-        (("--run", "short", "--weights", "docs"), "--weights: .*docs is no file of weights and no run's best/"),
-        (("--run", "short", "--weights", "x" * 300), "--weights: x{300} is no file of weights and no run's best/"),
+        (
+            ("--run", "short", "--weights", "nowhere"),
+            "--weights: nowhere is neither a file of weights nor a run's best/",
+        ),
+        (("--run", "short", "--weights", "docs"), "--weights: .*docs is neither a file of weights nor a run's best/"),
+        (
+            ("--run", "short", "--weights", "x" * 300),
+            "--weights: x{300} is neither a file of weights nor a run's best/",
+        ),
         (("--run", "deep_cnn", "resnet50", "--weights", "w"), "is there, but not .*resnet50-seed0.made.json"),
     ],
 )
@@ -171,7 +177,7 @@ FILES = ("config.yaml", "history.jsonl", "summary.json")
 def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monkeypatch):
     it = row("one", robustness=True, options=results_plan.WEIGHTS)
     said = scripted(monkeypatch, it, (1, "checkpoints/1/state"), (0, *FILES), (0, results_plan.ROBUSTNESS))
-    with pytest.raises(UserError, match="one-seed0: that command has ended with exit code 1"):
+    with pytest.raises(UserError, match="one-seed0: that command ended with exit code 1"):
         results.complete(it, "one-seed0", args)
     assert results_plan.state(it, "one-seed0", args.runs) == "cut short"
     results.complete(it, "one-seed0", args)

@@ -77,7 +77,7 @@ def test_the_lock_dies_with_its_owner(make_config, made):
 def test_an_output_folder_that_can_not_be_made(make_config, tmp_path, place):
     (tmp_path / "file").write_text("")
     config = make_config(output_dir=str(tmp_path / place))
-    with pytest.raises(UserError, match=r"output_dir: .* is no folder"):
+    with pytest.raises(UserError, match=r"output_dir: .* is not a folder"):
         runs.opened(Accelerator(cpu=True), config, None).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -161,7 +161,7 @@ def test_phases_may_be_added_and_dropped_but_not_those_that_have_begun(made, mak
     recipe.write_text(make_config({"head": THREE["head"], "other": phase(epochs=5)}).to_yaml())
     config, _ = parse(["--config", str(recipe), "--resume", str(made)])
     assert list(runs.check_changes(Accelerator(cpu=True), config, made, 1).phases) == ["head", "other"]
-    with pytest.raises(UserError, match="head, middle have begun, but now it is head"):
+    with pytest.raises(UserError, match="head, middle have begun, but the phases now are head"):
         recipe.write_text(make_config({"head": THREE["head"]}).to_yaml())
         (made / "config.yaml").write_text(make_config(THREE).to_yaml())
         runs.check_changes(Accelerator(cpu=True), parse(["--config", str(recipe), "--resume", str(made)])[0], made, 2)

@@ -333,12 +333,12 @@ def test_no_token(server, monkeypatch):
 
 def test_a_token_that_the_hub_does_not_know(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", f"{TOKEN}x")
-    assert "takes no upload (401 Unauthorized); log in" in refusal()
+    assert "accepts no upload (401 Unauthorized); log in" in refusal()
 
 
 def test_a_token_that_may_only_read(server):
     server.role = "read"
-    assert "the token of user may only read" in refusal()
+    assert "the token of user is read-only" in refusal()
 
 
 @pytest.mark.parametrize("odd", ["\x01", " ", "ü", "\u2019"])

@@ -166,7 +166,7 @@ def fails_at_100():
 def test_an_error_is_told_where_its_rows_would_have_come():
     stream = streaming.Stream(datasets.IterableDataset.from_generator(fails_at_100), "image", "somewhere")
     seen = []
-    with pytest.raises(UserError, match=r"data\.source: somewhere can't be read on: the line is cut"):
+    with pytest.raises(UserError, match=r"data\.source: somewhere can't be read any further: the line is cut"):
         for row in stream:
             seen.append(row["image"]["bytes"])
     assert len(seen) == 64 and seen[-1] == b"63"  # the chunk before it

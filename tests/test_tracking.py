@@ -76,8 +76,8 @@ def test_a_resumed_history_forgets_the_epochs_that_are_trained_again(start, tmp_
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (lambda path: path.write_bytes(b"\xff\n"), "can't be read .*put it back"),
-        (lambda path: path.mkdir(), "can't be read .*put it back"),
+        (lambda path: path.write_bytes(b"\xff\n"), "can't be read .*restore it"),
+        (lambda path: path.mkdir(), "can't be read .*restore it"),
         (lambda path: path.write_text("{}\n{}\n"), "holds 2 epochs, but there is no checkpoint to go on from"),
     ],
 )
@@ -101,7 +101,7 @@ def test_watching_passes_every_step_on(start):
 def test_a_loss_that_is_not_finite_stops_the_run_within_the_interval_and_names_its_step(start, count, bad_from, seen):
     """Found when the loss is looked at next, or at the epoch's end; named is the step where it began."""
     passed = []
-    message = rf"the loss is not finite in phase head, epoch 1, step {bad_from}: .*start again with --clip_norm 1 or a"
+    message = rf"the loss is not finite in phase head, epoch 1, step {bad_from}: .*Try again with --clip_norm 1 or a"
     track = start()
     with pytest.raises(UserError, match=message):
         for step in track.watch(iter(steps(count, bad_from)), "phase head, epoch 1", images=None):
@@ -255,7 +255,7 @@ def test_a_tracker_that_is_lost_in_mid_run_stops_nothing(long_run, tmp_path, fau
     told = error_of(process)
     assert process.returncode == 143, told
     assert "Traceback" not in told
-    assert told.count("W&B is gone (") == 1 and f"see {run}/history.jsonl" in told
+    assert told.count("W&B stopped working (") == 1 and f"see {run}/history.jsonl" in told
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0, ""), (40, "40 s"), (720, "12 min"), (12600, "3.5 h")])

@@ -237,7 +237,7 @@ def test_fewer_rows_than_a_batch(make_config, monkeypatch):
 
 def test_a_diverging_loss_is_told_with_phase_and_step(make_config):
     error = refused(make_config({"only": phase(lr=1e30)}), "the loss is not finite in phase only, epoch 1, step 2: ")
-    assert "start again with --clip_norm 1 or a lower lr" in str(error)
+    assert "Try again with --clip_norm 1 or a lower lr" in str(error)
 
 
 def test_a_label_that_is_no_class_is_told_late_in_a_stream_and_what_was_trained_is_kept(make_config, parquet, tmp_path):
