@@ -1,4 +1,4 @@
-# make demo   the whole thing on embedded data, in three minutes and without a network; ends with a page to open
+# make demo   the whole thing on embedded data, in three minutes once installed, without a network; ends with a page
 # make results   train the runs behind docs/results.md that are missing, and rebuild its tables
 #                (DATA=folder of CIFAR-100's parquet, if not the hub's; WEIGHTS=Tiny ImageNet's for ResNet-50;
 #                PRECISION=bf16 for new rows that no finished run is compared with)

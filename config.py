@@ -94,9 +94,9 @@ class DataConfig(_Section):
     )
     streaming: bool | None = Field(
         None,
-        description="read rows as they arrive, in the main process, which hands out batches, instead of downloading "
-        "first and reading memory-mapped, which feeds fast GPUs better (default: true for a hub source, false for "
-        "others)",
+        description="true: the main process reads rows as they arrive and hands out batches; false: download first, "
+        "then each process reads its own rows memory-mapped, which feeds fast GPUs better (default: true for a hub "
+        "source, false for others)",
     )
     image: str | None = Field(None, description="the image column (default: the only one of image type)")
     label: str | None = Field(None, description="the label column (default: the class label with the most classes)")
@@ -122,15 +122,16 @@ class DataConfig(_Section):
     )
     micro_batch_size: MicroBatchSize = Field(
         None,
-        description="images per forward pass of one process, fewer than its share of the batch: accumulate; auto: "
-        "halved, before training, until it fits the device's memory (default: the whole share)",
+        description="images per forward pass of one process; if that is less than its share of the batch, gradients "
+        "are accumulated; auto: halve it, before training, until a step fits in memory (default: the whole share)",
     )
     workers: int | None = Field(
         None,
         ge=0,
         le=256,
-        description="worker processes that decode images, for each process that trains (default: cores - 1, all cores "
-        "for decoding before training, but 1 to 4; for predict.py's --images and distorted images 1 to 16)",
+        description="worker processes that decode images, for each training process (default: its cores less one, "
+        "from 1 to 4; all its cores, up to 4, for decoding before training; up to 16 for predict.py's --images and "
+        "distorted images)",
     )
     shuffle_buffer: int = Field(
         10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"

@@ -72,7 +72,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--tta",
         choices=("flips", "shifts"),
-        help="average the probabilities over views of each image: mirrored, or mirrored and moved by a sixteenth",
+        help="average the probabilities over views of each image. flips: itself and its mirror image; shifts: these, "
+        "and both moved by a sixteenth of the side to the upper left and to the lower right (six views)",
     )
     parser.add_argument(
         "--limit", type=_positive, metavar="N", help="a quick look: only the first N images (of each severity)"

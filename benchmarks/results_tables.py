@@ -124,7 +124,7 @@ def ablation(rows: Finished, finished: Finished) -> str:
         gains = [top1 - base[seed] for seed, top1 in reached[row.name].items() if seed in base and top1 is not None]
         gained = spread(gains, "+.1f", 100) if gains else "-"
         lines.append([row.what, str(len(found)), gained, *(COLUMNS[column](found) for column in columns)])
-    return markdown(["", "seeds", "points of val top-1", *columns], lines)
+    return markdown(["", "seeds", "change, points of val top-1", *columns], lines)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
