@@ -97,82 +97,79 @@ class AugMix(Normalize):
         count, device = len(images), images.device
         flip, down, right, share = torch.rand(4, count, device=device)
         images = warp(images, flip=flip < 0.5, **crop(images, ReportAugment.SHIFT, down, right))
-        chains = images.repeat(self.CHAINS, 1, 1, 1)
-        depth = torch.randint(1, self.DEPTH + 1, (len(chains), 1, 1, 1), device=device)
+        # Chains are shuffled, not drawn for: then a third of them ends after each operation, and each operation gets a
+        # ninth of the others, which costs a fraction of all operations on all images. Some are added to divide evenly.
+        shares = len(OPERATIONS) * self.DEPTH
+        total = math.ceil(self.CHAINS * count / shares) * shares
+        chosen = torch.arange(total, device=device)
+        chains = images[chosen % count]
         least, most = self.STRENGTH
-        for done in range(self.DEPTH):
-            operation = torch.randint(len(OPERATIONS), (len(chains),), device=device)
-            strength = least + (most - least) * torch.rand(len(chains), device=device)
-            chains = torch.where(done < depth, operate(chains, operation, strength), chains)
+        for going_on in range(self.DEPTH, 0, -1):
+            chosen = chosen[torch.rand(len(chosen), device=device).argsort()][: total * going_on // self.DEPTH]
+            strength = least + (most - least) * torch.rand(len(chosen), device=device)
+            chains[chosen] = operate(chains[chosen], strength)
+        chains = chains[: self.CHAINS * count].unflatten(0, (self.CHAINS, count))
         weights = torch.empty(count, self.CHAINS, device=device).exponential_()  # once normalised, Dirichlet(1, 1, 1)
         weights = weights / weights.sum(1, keepdim=True)
-        blend = torch.einsum("bk,kbchw->bchw", weights, chains.unflatten(0, (self.CHAINS, count)))
-        return images.lerp(blend, share.view(-1, 1, 1, 1))
+        return images.lerp(torch.einsum("bk,kbchw->bchw", weights, chains), share.view(-1, 1, 1, 1))
 
 
-OPERATIONS = (
-    "autocontrast",
-    "equalize",
-    "posterize",
-    "solarize",
-    "rotate",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-)
+MOVES = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+OPERATIONS = (*MOVES, "autocontrast", "equalize", "posterize", "solarize")
 
 
-def operate(images: Tensor, operation: Tensor, strength: Tensor) -> Tensor:
-    """One of AugMix's operations on each image, batched: one resampling for all, then a lookup table for each channel.
+def operate(images: Tensor, strength: Tensor) -> Tensor:
+    """AugMix's operations, each on its share of the images: the first ninth is rotated, and so on as in OPERATIONS.
 
     Args:
-        images: (B, 3, H, W) in [0, 1].
-        operation: (B,) indices into OPERATIONS.
+        images: (B, 3, H, W) in [0, 1]; B is a multiple of 9.
         strength: (B,) in [0, 1]. At 1: rotate by 30 degrees, shear by 0.3, translate by a third of the side (all three
             either way), posterize to no bits, solarize (invert) everything.
     """
-    is_ = {name: operation == index for index, name in enumerate(OPERATIONS)}
+    share = len(images) // len(OPERATIONS)
+    moved, others = images[: len(MOVES) * share], images[len(MOVES) * share :]
     height, width = images.shape[-2:]
-    signed = strength * (2.0 * torch.randint(2, strength.shape, device=images.device) - 1)
-    images = warp(
-        images,
-        angle=math.radians(30) * signed * is_["rotate"],
-        shear_x=0.3 * signed * is_["shear_x"],
-        shear_y=0.3 * signed * is_["shear_y"],
-        right=(width / 3 * signed).round() * is_["translate_x"],
-        down=(height / 3 * signed).round() * is_["translate_y"],
+    signed = strength[: len(moved)] * (2.0 * torch.randint(2, (len(moved),), device=images.device) - 1)
+    # Each move's strengths, 0 for the images of the other moves.
+    own = torch.eye(len(MOVES), device=images.device).repeat_interleave(share, dim=1) * signed
+    rotate, shear_x, shear_y, translate_x, translate_y = own
+    moved = warp(
+        moved,
+        angle=math.radians(30) * rotate,
+        shear_x=0.3 * shear_x,
+        shear_y=0.3 * shear_y,
+        right=(width / 3 * translate_x).round(),
+        down=(height / 3 * translate_y).round(),
     )
-    levels = (255 * images).round().long().flatten(2)  # (B, 3, H * W)
-    counts = torch.zeros(*levels.shape[:2], 256, device=images.device)
-    counts.scatter_add_(2, levels, torch.ones((), device=images.device).expand_as(levels))
-    strength, is_ = strength.view(-1, 1, 1), {name: chosen.view(-1, 1, 1) for name, chosen in is_.items()}
-    table = torch.arange(256.0, device=images.device).expand_as(counts)  # maps old levels to new ones
-    table = torch.where(is_["autocontrast"], stretched(counts), table)
-    table = torch.where(is_["equalize"], equalised(counts), table)
-    step = 2 ** (4 + (4 * strength).floor())
-    table = torch.where(is_["posterize"], (table / step).floor() * step, table)
-    table = torch.where(is_["solarize"] & (table >= 256 * (1 - strength)), 255 - table, table)
-    return table.gather(2, levels).view_as(images) / 255
+    contrasted, equalised, posterised, solarised = (255 * others).round().chunk(4)
+    *_, posterising, solarising = strength.view(-1, 1, 1, 1).chunk(len(OPERATIONS))
+    step = 2 ** (4 + (4 * posterising).floor())
+    recoloured = (
+        autocontrast(contrasted),
+        equalize(equalised),
+        (posterised / step).floor() * step,
+        torch.where(solarised >= 256 * (1 - solarising), 255 - solarised, solarised),
+    )
+    return torch.cat([moved, *(levels / 255 for levels in recoloured)])
 
 
-def stretched(counts: Tensor) -> Tensor:
-    """Autocontrast: the table (B, 3, 256) that spreads each channel's levels from 0 to 255, given its histogram."""
-    levels, there = torch.arange(256.0, device=counts.device), counts > 0
-    lowest = torch.where(there, levels, 255).amin(2, keepdim=True)
-    highest = torch.where(there, levels, 0).amax(2, keepdim=True)
-    spread = ((levels - lowest) * 255 / (highest - lowest).clamp(min=1)).floor().clamp(0, 255)
+def autocontrast(levels: Tensor) -> Tensor:
+    """Spread each channel's levels, whole numbers in (B, 3, H, W), from 0 to 255, unless it has one alone."""
+    lowest, highest = levels.amin((2, 3), keepdim=True), levels.amax((2, 3), keepdim=True)
+    spread = ((levels - lowest) * 255 / (highest - lowest).clamp(min=1)).floor()
     return torch.where(highest > lowest, spread, levels)
 
 
-def equalised(counts: Tensor) -> Tensor:
-    """Equalization: the table (B, 3, 256) that makes each channel's histogram even, as far as whole levels allow."""
-    levels, there = torch.arange(256.0, device=counts.device), counts > 0
-    highest = torch.where(there, levels, 0).amax(2, keepdim=True)
-    step = ((counts.sum(2, keepdim=True) - counts.gather(2, highest.long())) / 255).floor()
+def equalize(levels: Tensor) -> Tensor:
+    """Make each channel's histogram even, as far as whole levels (0 to 255) in (B, 3, H, W) allow."""
+    shape, levels = levels.shape, levels.long().flatten(2)
+    counts = torch.zeros(*shape[:2], 256, device=levels.device)
+    counts.scatter_add_(2, levels, torch.ones((), device=levels.device).expand_as(levels))
+    step = ((counts.sum(2, keepdim=True) - counts.gather(2, levels.amax(2, keepdim=True))) / 255).floor()
     below = counts.cumsum(2) - counts
     even = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(0, 255)
-    return torch.where(step > 0, even, levels)
+    table = torch.where(step > 0, even, torch.arange(256.0, device=levels.device))
+    return table.gather(2, levels).view(shape)
 
 
 def jitter(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) -> Tensor:
@@ -207,19 +204,20 @@ def warp(images: Tensor, angle=0.0, flip=False, down=0.0, right=0.0, shear_x=0.0
         down, right: pixels by which the crop window is shifted.
         shear_x, shear_y: pixels that a column (or row) shifts sideways per pixel along it.
     """
-    height, width = images.shape[-2:]
+    count, (height, width), device = len(images), images.shape[-2:], images.device
     given = (angle, flip, down, right, shear_x, shear_y)
     # Fill numbers in on the device: a copy to it would wait for everything it is still computing.
     angle, flip, down, right, shear_x, shear_y = (
-        value if isinstance(value, Tensor) else torch.full((len(images),), value, device=images.device)
+        (value if isinstance(value, Tensor) else torch.full((count,), value, device=device)).view(-1, 1, 1)
         for value in given
     )
-    sign = torch.where(flip, -1.0, 1.0)
-    cos, sin = angle.cos(), angle.sin()
-    # Maps an output pixel to its source, in coordinates that run from -1 to 1 along each side.
-    column = torch.stack([sign * cos, (shear_x - sign * sin) * height / width, 2 * right / width], dim=1)
-    row = torch.stack([(shear_y + sin) * width / height, cos, 2 * down / height], dim=1)
-    grid = F.affine_grid(torch.stack([column, row], dim=1), images.shape, align_corners=False)
+    sign, cos, sin = torch.where(flip, -1.0, 1.0), angle.cos(), angle.sin()
+    # An output pixel's place, in coordinates that run from -1 to 1 along each side, and where it comes from (B, H, W).
+    x = (2 * torch.arange(width, device=device) + 1) / width - 1
+    y = ((2 * torch.arange(height, device=device) + 1) / height - 1)[:, None]
+    from_x = sign * cos * x + 2 * right / width + (shear_x - sign * sin) * height / width * y
+    from_y = (shear_y + sin) * width / height * x + 2 * down / height + cos * y
+    grid = torch.stack([from_x, from_y], dim=-1)
     # Nearest, as in torchvision's RandomRotation: interpolation blurs 32x32 images so much that batch statistics differ
     # between training and evaluation, which costs three points of top-1 (docs/performance.md).
     return F.grid_sample(images, grid, mode="nearest", padding_mode="zeros", align_corners=False)

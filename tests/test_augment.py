@@ -173,9 +173,9 @@ def test_a_warp_that_does_nothing_changes_nothing(images):
 
 
 def operated(images, name, strength=0.3):
-    count = len(images)
-    operation = torch.full((count,), augment.OPERATIONS.index(name))
-    return augment.operate(images / 255, operation, torch.full((count,), strength))
+    each = (images / 255).repeat(len(augment.OPERATIONS), 1, 1, 1)
+    changed = augment.operate(each, torch.full((len(each),), strength))
+    return changed.chunk(len(augment.OPERATIONS))[augment.OPERATIONS.index(name)]
 
 
 @pytest.mark.parametrize(
@@ -241,26 +241,45 @@ def test_what_is_enlarged_is_augmented_before(monkeypatch, policy, side):
     assert seen == [min(side, 32)]
 
 
-def test_augmix_draws_as_its_authors_do(monkeypatch, images):
+@pytest.mark.parametrize("count", [1, 9, 3000])
+def test_augmix_draws_as_its_authors_do(monkeypatch, count):
     """One to three operations in a chain, equally often; strengths from a hundredth to three tenths."""
-    strengths, kinds = [], []
+    strengths = []
 
-    def brighter(images, operation, strength):
+    def brighter(images, strength):
+        assert len(images) % 9 == 0
         strengths.append(strength)
-        kinds.append(operation)
         return images + 1.0
 
     monkeypatch.setattr(augment, "operate", brighter)
     mix = augment.AugMix((0, 0, 0), (1, 1, 1))
-    count = 3000
-    mixed = mix.augment(torch.zeros(count, 3, 4, 4))[:, 0, 0, 0]
+    draws = 3000 // count
+    mixed = torch.cat([mix.augment(torch.zeros(count, 3, 4, 4))[:, 0, 0, 0] for _ in range(draws)])
     strengths = torch.cat(strengths)
-    assert strengths.shape == (3 * 3 * count,)
+    assert len(strengths) == 2 * math.ceil(3 * count / 27) * 27 * draws
     assert 0.01 <= strengths.min() < 0.011 < 0.299 < strengths.max() <= 0.3
-    assert torch.bincount(torch.cat(kinds)).tolist() == pytest.approx([count] * 9, rel=0.1)
     # A blend of chains of depth 1, 2 or 3 has depth 2 on average, and half of it is the image itself.
     assert mixed.mean() == pytest.approx(1.0, abs=0.05)
-    assert mixed.var() == pytest.approx(4 / 12 + 2 / 3 / 2 / 3, rel=0.1)  # of the share, and of depths and weights
+    assert mixed.var() == pytest.approx(4 / 12 + 2 / 3 / 2 / 3, rel=0.15)  # of the share, and of depths and weights
+
+
+def test_any_operation_falls_to_any_image_and_step(monkeypatch):
+    """Whatever its place in the batch, each equally often."""
+    seen = torch.zeros(3, 9, 9)  # by step, operation and image
+
+    def look(images, strength):
+        step = {27: 0, 18: 1, 9: 2}[len(images)]
+        for operation, share in enumerate(images[:, 0, 0, 0].round().long().chunk(9)):
+            seen[step, operation] += share.bincount(minlength=9)
+        return images
+
+    monkeypatch.setattr(augment, "operate", look)
+    monkeypatch.setattr(augment, "warp", lambda images, **_: images)
+    images = torch.arange(9.0).view(9, 1, 1, 1).expand(9, 3, 4, 4)
+    for _ in range(600):
+        augment.AugMix((0, 0, 0), (1, 1, 1)).augment(images)
+    for step, expected in zip(seen, (200, 400 / 3, 200 / 3), strict=True):
+        assert (step - expected).abs().max() < 5 * expected**0.5
 
 
 # ---- distorting -----------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_a_resumed_history_forgets_the_epochs_that_are_trained_again(start, tmp_
     [
         (lambda path: path.write_bytes(b"\xff\n"), "can't be read .*restore it"),
         (lambda path: path.mkdir(), "can't be read .*restore it"),
-        (lambda path: path.write_text("{}\n{}\n"), "holds 2 epochs, but there is no checkpoint to go on from"),
+        (lambda path: path.write_text("{}\n{}\n"), "holds 2 epochs, but there is no checkpoint to continue from"),
     ],
 )
 def test_a_history_that_a_run_can_not_go_on_with(start, tmp_path, damage, said):
