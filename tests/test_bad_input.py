@@ -276,7 +276,7 @@ CASES = [
     source("labels that are text", 2, parquet(*[rows(TEXTS, labels=["a", "b"] * 15)] * 2),
            "data.label: column 'label' of {dir}/data holds string, not classes", options="--data.label label"),
     source("whole numbers as labels of a stream", 2, parquet(*[rows(NUMBERS)] * 2),
-           "can't be told from a stream", "--data.streaming false", options="--data.label label --data.streaming true"),
+           "counted in a stream", "--data.streaming false", options="--data.label label --data.streaming true"),
     # ---- labels
     source("a missing label", 1, parquet(rows(label_7=None)),
            "'label' of {dir}/data holds None in row 7 of split 'train'"),

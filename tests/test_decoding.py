@@ -131,7 +131,7 @@ def mixed_rows():
 
 
 def test_images_of_mixed_sizes_need_image_size():
-    with pytest.raises(UserError, match=r"16x16 and 40x20 pixels\): set the size .* --data.image_size"):
+    with pytest.raises(UserError, match=r"16x16 and 40x20 pixels\): set a size .* --data.image_size"):
         decoding.Collate("image", "label", 1, (16, 16), None)(mixed_rows())
     assert decoding.Collate("image", "label", 1, (16, 16), 24)(mixed_rows())["image"].shape == (2, 3, 24, 24)
 

@@ -125,7 +125,7 @@ def test_a_machine_that_vanishes_ends_the_other_and_both_go_on(machines, parquet
     code, said = machines[0].end()  # 12 seconds and what comes after them
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1, said[-3000:]
-    assert "error: another process of this run is gone" in errors[0] and f"--resume {run}" in errors[0]
+    assert "error: another process of this run has died" in errors[0] and f"--resume {run}" in errors[0]
     machines[1].kill()
     plug_in()
     for machine in machines:

@@ -159,7 +159,7 @@ def test_other_data_with_the_same_classes_in_another_order(run, parquet, tmp_pat
 def test_data_of_other_classes_are_refused(run, parquet, tmp_path):
     relabelled(parquet, tmp_path, ["yes", "no"], lambda label: label % 2)
     with pytest.raises(
-        UserError, match=r"data.source: its classes yes, no are none of the 100 that this run was trained on"
+        UserError, match=r"data.source: its classes yes, no are not among the 100 that this run was trained on"
     ):
         judge(run, "--data.source", str(tmp_path))
 
@@ -413,7 +413,7 @@ def test_two_classes_that_are_not_square(parquet, tmp_path, pictures):
     judge(run, "--robustness", "--limit", "2")
     judge(run, "--images", folder / "test")
     assert len(table(run / "predictions" / "images-test.csv")) == 10
-    with pytest.raises(UserError, match="images of 32x32 pixels: this run's model takes 32x24, and only to square"):
+    with pytest.raises(UserError, match="images of 32x32 pixels: this run's model takes 32x24, and images"):
         judge(run, "--images", pictures, "--limit", "2")
 
 
@@ -454,7 +454,7 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
         (["--limit", "5", "--ood", "."], "--limit: a submission"),
         (["--limit", "0"], "--limit: should be a whole number from 1"),
         (["--seed", "-1"], "--seed: should be a whole number from 0"),
-        (["--output", "x.csv", "--robustness"], "--output: it is for predictions"),
+        (["--output", "x.csv", "--robustness"], "--output: it names the CSV of predictions"),
         (["--split", "train"], "invalid choice"),
         (["--split", "test", "--robustness"], "not allowed with"),
         (["--data.sauce", "x"], "there is no option --data.sauce; did you mean --data.source"),

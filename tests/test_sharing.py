@@ -357,7 +357,7 @@ def test_offline(server, monkeypatch):
 def test_a_hub_that_is_down_and_its_password(server, monkeypatch, capfd):
     take_for_the_hub(monkeypatch, closed_port().replace("://", "://me:topsecretword@"))
     text = refusal()
-    assert "takes no upload" in text and "http://127.0.0.1:" in text
+    assert "accepts no upload" in text and "http://127.0.0.1:" in text
     assert "topsecretword" not in text + "".join(capfd.readouterr())
 
 
