@@ -97,10 +97,11 @@ class AugMix(Normalize):
         count, device = len(images), images.device
         flip, down, right, share = torch.rand(4, count, device=device)
         images = warp(images, flip=flip < 0.5, **crop(images, ReportAugment.SHIFT, down, right))
-        # Chains are shuffled, not drawn for: then a third of them ends after each operation, and each operation gets a
-        # ninth of the others, which costs a fraction of all operations on all images. Some are added to divide evenly.
-        shares = len(OPERATIONS) * self.DEPTH
-        total = math.ceil(self.CHAINS * count / shares) * shares
+        # Shuffling stands for drawing: a third of the chains ends after each step, and in each step every operation gets
+        # a ninth of those that go on, instead of computing all operations for all. Each chain's law is AugMix's, while
+        # chains of one batch depend slightly on each other. Extra chains make their number divisible.
+        multiple = len(OPERATIONS) * self.DEPTH
+        total = math.ceil(self.CHAINS * count / multiple) * multiple
         chosen = torch.arange(total, device=device)
         chains = images[chosen % count]
         least, most = self.STRENGTH
@@ -154,14 +155,14 @@ def operate(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def autocontrast(levels: Tensor) -> Tensor:
-    """Spread each channel's levels, whole numbers in (B, 3, H, W), from 0 to 255, unless it has one alone."""
+    """Spread each channel's `levels` (B, 3, H, W), whole numbers, from 0 to 255, unless it has only one."""
     lowest, highest = levels.amin((2, 3), keepdim=True), levels.amax((2, 3), keepdim=True)
     spread = ((levels - lowest) * 255 / (highest - lowest).clamp(min=1)).floor()
     return torch.where(highest > lowest, spread, levels)
 
 
 def equalize(levels: Tensor) -> Tensor:
-    """Make each channel's histogram even, as far as whole levels (0 to 255) in (B, 3, H, W) allow."""
+    """Make the histogram of each channel's `levels` (B, 3, H, W), whole numbers from 0 to 255, as even as can be."""
     shape, levels = levels.shape, levels.long().flatten(2)
     counts = torch.zeros(*shape[:2], 256, device=levels.device)
     counts.scatter_add_(2, levels, torch.ones((), device=levels.device).expand_as(levels))

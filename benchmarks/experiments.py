@@ -9,7 +9,7 @@ import speed
 from errors import UserError
 
 AUGMENTING = ("trivial_augment", "erasing", "noise_and_blur", "unaugmented")  # on top of the report's policy
-EXCLUSIVE = (("no_decay_on_norms", "layer_decay"),)  # of each, only one
+EXCLUSIVE = (("no_decay_on_norms", "layer_decay"), ("ema", "flips_averaged"))  # of each, only one
 
 
 # ---- the report's faults --------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def execute(args, command: list[str], folder: Path) -> tuple[int, int]:
         process.wait()
         if (folder / "checkpoints").is_dir():
             FileLock(folder / "checkpoints" / ".lock").acquire()
-        raise Interrupted("stopped; the same command continues", 2) from None
+        raise Interrupted("stopped; to continue, run the same command again", 2) from None
     return os.waitstatus_to_exitcode(status), usage.ru_maxrss // 1024
 
 

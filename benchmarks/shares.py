@@ -27,7 +27,7 @@ GROUPS = {  # by the first with a word in the operation's name
     "copies": ("copy", "contiguous", "clone"),
     "matrix products": ("mm", "linear"),  # linear layers, and on a CPU convolutions of small maps
     "pooling, ReLU": ("pool", "threshold", "relu", "clamp_min"),
-    "augmentation's resampling": ("grid", "affine"),
+    "augmentation's resampling": ("grid_sampl",),  # where pixels come from is arithmetic, and among the others
 }
 
 

@@ -169,9 +169,7 @@ def ratio(process: Process, other: Process) -> tuple[float, list[float]]:
 
 def positive(text: str) -> int:
     """argparse type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a whole number of at least 1, not {text}")
-    return int(text)
+    return count(text, 1)
 
 
 def seconds(text: str) -> float:
@@ -185,9 +183,11 @@ def seconds(text: str) -> float:
     return value
 
 
-def count(text: str) -> int:
-    """argparse type: a whole number from 0."""
-    return 0 if text == "0" else positive(text)
+def count(text: str, least: int = 0) -> int:
+    """argparse type: a whole number from `least`."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"should be a whole number of at least {least}, not {text}")
+    return int(text)
 
 
 def check_shares(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

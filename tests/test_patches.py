@@ -185,6 +185,7 @@ def test_the_list_says_what_each_does(command):
         ("magic -- --config recipes/demo_scratch.yaml", "there is no patch magic"),
         ("-- --config recipes/demo_scratch.yaml", "name a patch"),
         ("no_decay_on_norms layer_decay --", "no_decay_on_norms and layer_decay don't go together"),
+        ("ema flips_averaged --", "ema and flips_averaged don't go together"),
         ("erasing -- --augment.policy none", "erasing changes augment.policy report, not none"),
         ("noise_and_blur -- --augment.policy augmix", "noise_and_blur changes augment.policy report, not augmix"),
     ],

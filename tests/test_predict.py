@@ -452,8 +452,8 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
     ("options", "message"),
     [
         (["--limit", "5", "--ood", "."], "--limit: a submission"),
-        (["--limit", "0"], "--limit: should be a whole number from 1"),
-        (["--seed", "-1"], "--seed: should be a whole number from 0"),
+        (["--limit", "0"], "--limit: should be a whole number of at least 1"),
+        (["--seed", "-1"], "--seed: should be a whole number of at least 0"),
         (["--output", "x.csv", "--robustness"], "--output: it names the CSV of predictions"),
         (["--split", "train"], "invalid choice"),
         (["--split", "test", "--robustness"], "not allowed with"),
