@@ -97,9 +97,9 @@ class AugMix(Normalize):
         count, device = len(images), images.device
         flip, down, right, share = torch.rand(4, count, device=device)
         images = warp(images, flip=flip < 0.5, **crop(images, ReportAugment.SHIFT, down, right))
-        # Shuffling stands for drawing: a third of the chains ends after each step, and in each step every operation gets
-        # a ninth of those that go on, instead of computing all operations for all. Each chain's law is AugMix's, while
-        # chains of one batch depend slightly on each other. Extra chains make their number divisible.
+        # Shuffling stands for drawing: a third of the chains ends after each step, and every operation gets a ninth of
+        # those that go on, instead of computing all operations for all. Each chain's law is AugMix's, while chains of
+        # one batch depend slightly on each other. Extra chains make their number divisible.
         multiple = len(OPERATIONS) * self.DEPTH
         total = math.ceil(self.CHAINS * count / multiple) * multiple
         chosen = torch.arange(total, device=device)
