@@ -87,7 +87,7 @@ def test_the_plan_is_sound():
         ("beat: {recipe: resnet50_224, rows: [{name: resnet50_224, what: it}]}", "begins with '# Measured on'"),
         ("beat: {recipe: resnet50, rows: [{name: a, what: it, patches: [magic]}]}", "a: there is no patch magic"),
         ("magic: {rows: []}", "magic.*: Input should be"),
-        ("beat: {recipe: resnet50, rows: [{name: a, what: it}, {name: a, what: it}]}", "a is there twice"),
+        ("beat: {recipe: resnet50, rows: [{name: a, what: it}, {name: a, what: it}]}", "a is listed twice"),
         ("beat: {", "can't be read"),
     ],
 )
