@@ -10,6 +10,8 @@ from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
+import smallmaps
+
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 SAME = 1e-2  # relative difference of features: rounding (a GPU's TF32 included) stays below, a wrong fold does not
@@ -90,7 +92,7 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
         return 0
     for conv, _ in pairs:
         folded, dtype = conv.forward, PRECISIONS[mixed_precision]
-        folded.weight = folded.weight.to(dtype, memory_format=torch.channels_last)
+        folded.weight = smallmaps.constant(folded.weight.to(dtype, memory_format=torch.channels_last))
         folded.bias = folded.bias.to(dtype)
     return len(pairs)
 

@@ -28,6 +28,7 @@ LEVERS = {  # patches with the lever, patches without it, the cases to measure i
     "frozen_in_eval_mode": (["unfolded"], ["drifting_batch_norm"], FROZEN),
     "folding": ([], ["unfolded"], FROZEN),
     "small_maps_as_products": ([], ["small_maps_convolved"], FROZEN),
+    "packed_kernels": ([], ["kernels_not_packed"], FROZEN),
     "decoded_once": ([], ["decoding"], ALL),
     "decoded_ahead": (["decoding"], ["decoding", "no_workers"], ALL),
     "glibc_keeps_memory": ([], ["glibc_as_it_is"], ALL),
@@ -46,6 +47,7 @@ CPU_ONLY = (
     "weights_contiguous",
     "channels_last",  # graphs copy the images
     "small_maps_as_products",
+    "packed_kernels",
 )
 GPU_ONLY = ("cuda_graphs", "images_on_gpu")
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")

@@ -38,10 +38,11 @@ def folded_contiguous():
 def contiguous_folds(model) -> None:
     """Bring a model's folded weights into torch's default memory layout."""
     import folding
+    import smallmaps
 
     for module in model.modules():
         if isinstance(folded := vars(module).get("forward"), folding._FoldedConv):
-            folded.weight = folded.weight.contiguous()
+            folded.weight = smallmaps.constant(folded.weight.contiguous())
 
 
 @patching.named
@@ -63,6 +64,14 @@ def small_maps_convolved():
     import smallmaps
 
     patching.patch(smallmaps, "as_products", lambda _: lambda model: model)
+
+
+@patching.named
+def kernels_not_packed():
+    """Kernels of frozen weights cut out and reordered at each use, as those of weights that train are."""
+    import smallmaps
+
+    patching.patch(smallmaps, "constant", lambda _: lambda weight: weight)
 
 
 @patching.named
