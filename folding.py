@@ -1,8 +1,8 @@
-"""Fold batch norms into the frozen convolutions before them: the same outputs for less work, during one phase.
+"""Fold batch norms into the frozen convolutions before them: the same outputs for less work.
 
 A batch norm in evaluation mode is a linear map of each channel, so the convolution before it can absorb it. The folded
-weights are copies, in the precision that the convolutions compute in; parameters, buffers and their names stay the
-same, so checkpoints are not affected.
+weights are copies, in the precision that the convolutions compute in, used until they are unfolded, as a phase ends;
+parameters, buffers and their names stay the same, so checkpoints are not affected.
 """
 
 import torch
@@ -92,7 +92,7 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
         return 0
     for conv, _ in pairs:
         folded, dtype = conv.forward, PRECISIONS[mixed_precision]
-        folded.weight = smallmaps.constant(folded.weight.to(dtype, memory_format=torch.channels_last))
+        folded.weight = smallmaps.mark_constant(folded.weight.to(dtype, memory_format=torch.channels_last))
         folded.bias = folded.bias.to(dtype)
     return len(pairs)
 

@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 import augment
 import checkpoint
+import folding
 import launch
 import models
 from config import Config
+from engine import bare
 from errors import UserError
 from metrics import IGNORED
 from processes import no_bar
@@ -70,11 +72,12 @@ class Classifier:
             checkpoint.load_best(model, run)  # strict: no head is replaced here
         except RuntimeError as error:
             raise UserError(f"{run}/best is damaged: its weights and its config.json do not fit ({error})") from error
-        model = launch.suited(model, accelerator.device)
+        model = launch.suited(model, accelerator.device).requires_grad_(False)
         _, self.transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         self.model = accelerator.prepare_model(model, evaluation_mode=True)
         # Training may have replaced best/ between two processes' reads.
-        broadcast([tensor.detach() for tensor in self.model.state_dict().values()])
+        broadcast(list(self.model.state_dict().values()))
+        folding.fold(bare(accelerator, self.model), self.size, accelerator.mixed_precision)
 
     def labels_of(self, class_names: list[str], source: str) -> Tensor:
         """Map the data's class indices to this model's, by class name; IGNORED (-1) maps to itself.

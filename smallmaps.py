@@ -2,10 +2,13 @@
 
 CPU convolutions are made for large maps. The last stages of a ResNet have many weights and, for small images, maps of a
 few pixels. There a convolution, above all its backward pass, takes up to five times as long as the equivalent matrix
-product. oneDNN, which computes the product, first brings the weights into an order of its own; for weights that do not
-change that is done once.
+product.
+
+In bf16 oneDNN computes the product, and first brings the weights into an order of its own. For weights that never
+change that is done once: their kernels are packed.
 """
 
+import platform
 from functools import partial
 
 import torch
@@ -13,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALL = 16  # pixels of the largest map; above it products gain nothing
+# Not part of torch's public interface.
+OPERATIONS = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
 
 
 def as_products(model: nn.Module) -> nn.Module:
@@ -25,47 +30,55 @@ def as_products(model: nn.Module) -> nn.Module:
     return model
 
 
-def constant(weight: Tensor) -> Tensor:
-    """The weight, marked as one that will never change: its kernels for products are packed, and kept with it."""
-    onednn = torch.backends.mkldnn.is_available()
-    if onednn and weight.dtype is torch.bfloat16:
-        onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if onednn and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+def mark_constant(weight: Tensor) -> Tensor:
+    """Mark, in place, a detached weight that never changes: its kernels for products are packed, where that helps."""
+    if _packable(weight):
         weight.packed = PackedKernels()
     return weight
 
 
-class PackedKernels(dict):
-    """Kernels by the height and width of the maps they were cut out for. A copy starts empty: they can't be copied."""
+def _packable(weight: Tensor) -> bool:
+    """Whether packing pays: not on ARM's processors, where oneDNN computes some packed products far more slowly."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype is torch.bfloat16
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()
+        and all(hasattr(torch.ops.mkldnn, name) for name in OPERATIONS)
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
-    def __deepcopy__(self, memo):
-        return PackedKernels()
+
+class PackedKernels(dict):
+    """A weight's packed kernels, by their height and width. They can't be copied or pickled: a copy starts empty."""
+
+    def __reduce__(self):
+        return PackedKernels, ()
 
 
 def _convolve(kernel_size, stride, padding, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of maps (B, C, H, W)."""
     (rows, columns), (down, right), (above, left) = images.shape[2:], stride, padding
     if rows * columns <= SMALL:
-        # Neither autograd nor torch.compile knows packed kernels.
+        # Packed products have no gradients, and torch.compile takes only kernels that it packed itself.
         packed = None if images.requires_grad or torch.compiler.is_compiling() else getattr(weight, "packed", None)
         if kernel_size == (1, 1) and padding == (0, 0):
             pixels = images[:, :, ::down, ::right].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-            return _product(pixels, weight, bias, packed, images.shape[2:])
+            return _product(pixels, weight, bias, packed)
         downwards, sideways = rows + 2 * above - kernel_size[0], columns + 2 * left - kernel_size[1]
         if 0 <= downwards < down and 0 <= sideways < right:  # one kernel position, where part of it covers the map
             kernel = weight[:, :, above : above + rows, left : left + columns]
             covered = images[:, :, : kernel.shape[2], : kernel.shape[3]].flatten(1)[:, None, None]
-            return _product(covered, kernel, bias, packed, images.shape[2:])
+            return _product(covered, kernel, bias, packed)
     return F.conv2d(images, weight, bias, stride, padding)
 
 
-def _product(
-    seen: Tensor, kernel: Tensor, bias: Tensor | None, packed: PackedKernels | None, size: torch.Size
-) -> Tensor:
-    """What a kernel sees at each position (B, H, W, elements) times its weights: maps (B, outputs, H, W)."""
+def _product(seen: Tensor, kernel: Tensor, bias: Tensor | None, packed: PackedKernels | None) -> Tensor:
+    """What a kernel sees at each position (B, H, W, elements) times the kernel: maps (B, outputs, H, W)."""
     if packed is None:
         return F.linear(seen, kernel.flatten(1), bias).permute(0, 3, 1, 2)
+    size = kernel.shape[2:]
     if size not in packed:
         packed[size] = torch.ops.mkldnn._reorder_linear_weight(kernel.flatten(1).contiguous(), seen[..., 0].numel())
-    seen = seen.to(kernel.dtype)  # autocast does not know these operations either
+    seen = seen.to(kernel.dtype)  # autocast does not know this operation
     return torch.ops.mkldnn._linear_pointwise(seen, packed[size], bias, "none", [], "").permute(0, 3, 1, 2)

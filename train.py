@@ -204,7 +204,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         checkpoint.load_best(model, run)
         tested = NOT_JUDGED
         if source.test is not None:
-            model = accelerator.prepare_model(model, evaluation_mode=True)
+            model = accelerator.prepare_model(model.requires_grad_(False), evaluation_mode=True)
+            folding.fold(bare(accelerator, model), size, accelerator.mixed_precision)
             test_loader = accelerator.prepare(loading.loader(source, "test", config.data, share))
             tested = validate(accelerator, model, interrupt.watch(test_loader), transform, micro_batch_size)
         summary = {"model": config.model.name, "best_epoch": state.best_epoch, "best_val_top1": state.best_top1}

@@ -42,7 +42,7 @@ def contiguous_folds(model) -> None:
 
     for module in model.modules():
         if isinstance(folded := vars(module).get("forward"), folding._FoldedConv):
-            folded.weight = smallmaps.constant(folded.weight.contiguous())
+            folded.weight = smallmaps.mark_constant(folded.weight.contiguous())
 
 
 @patching.named
@@ -68,10 +68,10 @@ def small_maps_convolved():
 
 @patching.named
 def kernels_not_packed():
-    """Kernels of frozen weights cut out and reordered at each use, as those of weights that train are."""
+    """Kernels of frozen weights cut out and reordered at each use, like the kernels of weights that train."""
     import smallmaps
 
-    patching.patch(smallmaps, "constant", lambda _: lambda weight: weight)
+    patching.patch(smallmaps, "mark_constant", lambda _: lambda weight: weight)
 
 
 @patching.named

@@ -7,10 +7,10 @@
 For each model and phase, at 32x32, in images per second:
 
 limit     forward, backward and optimizer step on one batch already on the device, with frozen batch norms folded
-          and, on a CPU, convolutions of small maps as matrix products, like ours. The best of contiguous, channels_last
-          or only images channels_last, in fp32 or bf16, timed in turns; then, given a C++ compiler and unless --eager,
-          the best of each precision (if it is more than half as fast as the other's) and ours' own layout against
-          themselves compiled, on a GPU with CUDA graphs (mode reduce-overhead)
+          and, on a CPU, convolutions of small maps as matrix products, like ours (compiled without packed kernels). The
+          best of contiguous, channels_last or only images channels_last, in fp32 or bf16, timed in turns; then, given a
+          C++ compiler and unless --eager, the best of each precision (if it is more than half as fast as the other's)
+          and ours' own layout against themselves compiled, on a GPU with CUDA graphs (mode reduce-overhead)
 ours      epochs of train.py, in bf16 (fp32 where that would be emulated): data, augmentation and each step's metrics,
           not the epoch's figures and history. Images are decoded once, before training, the default for local ones
 streamed  the same, streamed, the default for a dataset of the hub, which is kept and decoded in the first epoch

@@ -12,12 +12,14 @@ import torch
 import yaml
 from conftest import forget_accelerate, phase
 from PIL import Image
+from safetensors.torch import load_file
 from test_launch import TORCHRUN, TWO_PROCESSES
 
 import corruptions
 import data
 import decoding
 import distorted
+import folding
 import predict
 import train
 from config import DataConfig
@@ -68,6 +70,18 @@ def test_its_figures_are_the_trainings(run, command):
     for key in ("loss", "top1", "top5"):
         assert figures(run)[key] == pytest.approx(summary[f"test_{key}"], rel=1e-5)
     assert figures(run, "validation")["top1"] == summary["best_val_top1"]
+
+
+def test_it_folds_batch_norms_which_changes_predictions_by_rounding_alone(run, monkeypatch):
+    fold, counts = folding.fold, []
+    monkeypatch.setattr(folding, "fold", lambda *given: counts.append(fold(*given)) or counts[-1])
+    judge(run)
+    folded = table(run / "predictions" / "test.csv")
+    assert counts == [sum(name.endswith("running_mean") for name in load_file(run / "best" / "model.safetensors"))]
+    monkeypatch.setattr(folding, "fold", lambda *_: 0)
+    judge(run)
+    for one, other in zip(folded, table(run / "predictions" / "test.csv"), strict=True):
+        assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=1e-4)
 
 
 # ---- labelled images ------------------------------------------------------------------------------------------------
