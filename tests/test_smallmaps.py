@@ -83,6 +83,12 @@ def test_packed_kernels_compute_the_convolution(kernel, stride, padding, size, b
         torch.testing.assert_close(got.float(), exact, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("machine, dtype", [("aarch64", torch.bfloat16), ("x86_64", torch.float32)])
+def test_kernels_are_packed_only_where_that_was_measured(monkeypatch, machine, dtype):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert not hasattr(smallmaps.mark_constant(torch.ones(1, 1, 1, 1, dtype=dtype)), "packed")
+
+
 @packing
 def test_maps_of_each_size_have_kernels_of_their_own():
     conv = smallmaps.as_products(nn.Conv2d(6, 5, 3, 2, 1)).requires_grad_(False).to(torch.bfloat16)
@@ -182,11 +188,14 @@ def test_a_resnets_folded_and_trained_convolutions_learn_the_same(precision, tol
         models.freeze_all_but(each, ("layer4", "head"))
         assert folding.fold(each, (32, 32), precision)
         products.clear()
+        forwards = [vars(module).get("forward") for module in each.modules()]
+        constants = [forward.weight for forward in forwards if isinstance(forward, folding._FoldedConv)]
         train_mode(each)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = each(images)
         nn.functional.cross_entropy(logits.float(), labels).backward()
         gradients.append(torch.cat([part.grad.flatten() for part in each.parameters() if part.requires_grad]))
-    assert len(products) >= 7 + 1, "layer4's convolutions and the head"
+    packed = sum(len(getattr(weight, "packed", ())) for weight in constants)
+    assert len(products) + packed == 16, "eight frozen ones, layer4's seven, and the head"
     assert (gradients[1] - gradients[0]).norm() < tolerance * gradients[0].norm()
     assert list(each.state_dict()) == list(model.state_dict())
