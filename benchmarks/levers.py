@@ -6,7 +6,7 @@
 A lever's figure is train.py's rate with it over its rate without it, all else at its default, in bf16 (fp32 where that
 would be emulated): 1.50 means that it trains an epoch 1.5 times as fast. Patches (speed.py) take out what train.py has;
 what it lacks is put in ("not used"). Both train whole epochs in turns; the figure is the median of the rounds' ratios.
-GPU levers are left out on a CPU, CPU levers on a GPU, and bf16 where it would be emulated.
+GPU levers are left out on a CPU, CPU levers on a GPU, and those of bf16 where it would be emulated.
 """
 
 import argparse
@@ -49,6 +49,7 @@ CPU_ONLY = (
     "small_maps_as_products",
     "packed_kernels",
 )
+BF16_ONLY = ("bf16", "packed_kernels")
 GPU_ONLY = ("cuda_graphs", "images_on_gpu")
 NOT_USED = ("no_augmentation", "no_grad_trunk", "compile")
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}
@@ -84,7 +85,7 @@ def measure(case: str, args, folder: Path) -> list[dict]:
     guess.end()
     source = turns.subset(args.data, max(10 * args.batch_size, round(rate * args.seconds)), folder)
     default, results = start([], source), []
-    elsewhere = [*(CPU_ONLY if turns.on_gpu() else GPU_ONLY), *["bf16"] * (turns.fast_precision() == "no")]
+    elsewhere = [*(CPU_ONLY if turns.on_gpu() else GPU_ONLY), *(BF16_ONLY if turns.fast_precision() == "no" else ())]
     for name in args.levers:
         with_it, without, cases = LEVERS[name]
         if case not in cases or name in elsewhere:
