@@ -1,8 +1,8 @@
 """Fold batch norms into the frozen convolutions before them: the same outputs for less work.
 
 A batch norm in evaluation mode is a linear map of each channel, so the convolution before it can absorb it. The folded
-weights are copies, in the precision that the convolutions compute in, used until they are unfolded, as a phase ends;
-parameters, buffers and their names stay the same, so checkpoints are not affected.
+weights are copies, in the precision that the convolutions compute in, used until `unfold`; parameters,
+buffers and their names stay the same, so checkpoints are not affected.
 """
 
 import torch

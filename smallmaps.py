@@ -38,7 +38,7 @@ def mark_constant(weight: Tensor) -> Tensor:
 
 
 def _packable(weight: Tensor) -> bool:
-    """Whether packing pays: not on ARM's processors, where oneDNN computes some packed products far more slowly."""
+    """Whether packing pays: measured on x86 alone. On ARM, packed bf16 was reported as slow (pytorch issue 180447)."""
     return (
         weight.device.type == "cpu"
         and weight.dtype is torch.bfloat16
