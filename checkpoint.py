@@ -7,7 +7,6 @@ on disk; so a folder with a checkpoint's name is whole unless the disk failed, a
 here unpickles arbitrary objects.
 """
 
-import copy
 import json
 import os
 import random
@@ -261,15 +260,24 @@ def save_best(model: nn.Module, run: Path) -> None:
     cfg = dict(model.pretrained_cfg)
     label_names = cfg.pop("label_names")
     arguments = {"img_size": list(cfg["input_size"][1:])} if cfg.get("fixed_input_size") else None
-    save_for_hf(
-        copy.deepcopy(model).to(memory_format=torch.contiguous_format),  # safetensors needs this
-        str(unfinished),
-        model_config={"label_names": label_names, "pretrained_cfg": cfg},
-        model_args=arguments,
-        safe_serialization=True,
-    )
+    contiguous = model.register_state_dict_post_hook(_make_contiguous)
+    try:
+        save_for_hf(
+            model,
+            str(unfinished),
+            model_config={"label_names": label_names, "pretrained_cfg": cfg},
+            model_args=arguments,
+            safe_serialization=True,
+        )
+    finally:
+        contiguous.remove()
     _put_in_place(unfinished, run / "best", os.replace)
     unfinished.rmdir()
+
+
+def _make_contiguous(model: nn.Module, state: dict[str, Tensor], *_) -> None:
+    """safetensors writes no other layout; weights may be channels_last."""
+    state.update({name: tensor.contiguous() for name, tensor in state.items()})
 
 
 def _put_in_place(source: Path, best: Path, move) -> None:

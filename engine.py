@@ -98,7 +98,8 @@ def validate(
     """Loss (nats), top-1 and top-5 (fractions) over every row of the loader, each exactly once.
 
     Batches go through the model in micro-batches, as in training: what fits there fits here.
-    `model` must be prepared: unwrapped copies can hold different batch-norm statistics on different processes.
+    `model` must be prepared, or just loaded from one file: otherwise it can hold different batch-norm statistics on
+    different processes.
     """
     model.eval()
     metrics = Classification()

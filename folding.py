@@ -1,8 +1,8 @@
 """Fold batch norms into the frozen convolutions before them: the same outputs for less work.
 
 A batch norm in evaluation mode is a linear map of each channel, so the convolution before it can absorb it. The folded
-weights are copies, in the precision that the convolutions compute in, used until `unfold`; parameters,
-buffers and their names stay the same, so checkpoints are not affected.
+weights are copies, in the precision that the convolutions compute in, used until `unfold`; parameters, buffers and
+their names stay the same, so checkpoints are not affected.
 """
 
 import torch
@@ -33,7 +33,7 @@ class _FoldedConv:
         return self.conv._conv_forward(images, self.weight, self.bias)
 
 
-class _PassedNorm:
+class _FoldedNorm:
     """The forward of a batch norm that was folded; timm's dropout and activation remain."""
 
     def __init__(self, norm: nn.BatchNorm2d):
@@ -53,21 +53,21 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
     convolution's output is used elsewhere too, it is undone.
 
     Args:
-        model: an unwrapped timm-style model, with weights loaded and frozen as the phase wants it. Left in evaluation
-            mode.
+        model: an unwrapped timm-style model, with weights loaded, and frozen except for what the phase trains. Left in
+            evaluation mode.
         size: height and width in pixels of the model's input.
         mixed_precision: Accelerate's name for it: no, bf16 or fp16.
 
     Returns:
-        The number of batch norms that were folded.
+        The number of convolutions with a batch norm folded in.
     """
+    model.eval()
     frozen = [module for module in model.modules() if all(not p.requires_grad for p in module.parameters())]
     convs = [module for module in frozen if type(module) is nn.Conv2d]
-    norms = [module for module in frozen if type(module) in NORMS]
-    norms = [norm for norm in norms if norm.affine and norm.track_running_stats]
+    # Not those without parameters: in a module that trains they use the batch's statistics.
+    norms = [module for module in frozen if type(module) in NORMS and module.affine and module.track_running_stats]
     if not convs or not norms:
         return 0
-    model.eval()
     device = next(model.parameters()).device
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -80,17 +80,15 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
     features = _features(model, images)
     for hook in hooks:
         hook.remove()
-    pairs = [(made[0], norm) for made, norm in pairs if made]
-    if len(dict(pairs)) < len(pairs):  # a convolution is used twice
-        return 0
+    pairs = {made[0]: norm for made, norm in pairs if made}
 
-    for conv, norm in pairs:
-        conv.forward, norm.forward = _FoldedConv(conv, norm), _PassedNorm(norm)
+    for conv, norm in pairs.items():
+        conv.forward, norm.forward = _FoldedConv(conv, norm), _FoldedNorm(norm)
     difference = (_features(model, images) - features).norm()
     if not difference <= SAME * features.norm():
         unfold(model)
         return 0
-    for conv, _ in pairs:
+    for conv in pairs:
         folded, dtype = conv.forward, PRECISIONS[mixed_precision]
         folded.weight = smallmaps.mark_constant(folded.weight.to(dtype, memory_format=torch.channels_last))
         folded.bias = folded.bias.to(dtype)
@@ -100,10 +98,11 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
 def unfold(model: nn.Module) -> None:
     """Restore the own forwards of an unwrapped model's modules."""
     for module in model.modules():
-        if isinstance(vars(module).get("forward"), (_FoldedConv, _PassedNorm)):
+        if isinstance(vars(module).get("forward"), (_FoldedConv, _FoldedNorm)):
             del module.forward
 
 
 def _features(model: nn.Module, images: Tensor) -> Tensor:
+    """What the classifier sees (B, features): behind the last batch norm, and one tensor in all of timm's models."""
     with torch.autocast(images.device.type, enabled=False):
-        return model.forward_features(images)
+        return model.forward_head(model.forward_features(images), pre_logits=True)

@@ -89,6 +89,9 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
             f"this model's steps can't be recorded as CUDA graphs ({first_line(error)}); without them: --cuda_graphs "
             "false, after --resume, too"
         ) from error
+    # What frozen modules keep for later calls was recorded, too, and some drop it when they change mode: LeViT's
+    # attention, for one. Replays would read freed memory.
+    model.forward.kept = [dict(vars(module)) for module in model.modules()]
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     torch.cuda.set_rng_state(random_state, accelerator.device)

@@ -182,7 +182,8 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
         saved_cfg, origin = _load_weights(model, Path(config.weights), config.name)
         cfg |= saved_cfg
     elif pretrained:
-        origin = f"timm's pretrained {config.name}.{cfg.get('tag', '')} from {cfg.get('hf_hub_id') or cfg.get('url')}"
+        name = timm.models.split_model_name_tag(config.name)[0]
+        origin = f"timm's pretrained {name}.{cfg.get('tag', '')} from {cfg.get('hf_hub_id') or cfg.get('url')}"
     else:
         cfg |= {"mean": CIFAR100_MEAN, "std": CIFAR100_STD}
         origin = "scratch"

@@ -58,27 +58,27 @@ class PackedKernels(dict):
 
 def _convolve(kernel_size, stride, padding, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of maps (B, C, H, W)."""
-    (rows, columns), (down, right), (above, left) = images.shape[2:], stride, padding
-    if rows * columns <= SMALL:
+    (height, width), (stride_y, stride_x), (pad_y, pad_x) = images.shape[2:], stride, padding
+    if height * width <= SMALL:
         # Packed products have no gradients, and torch.compile takes only kernels that it packed itself.
         packed = None if images.requires_grad or torch.compiler.is_compiling() else getattr(weight, "packed", None)
         if kernel_size == (1, 1) and padding == (0, 0):
-            pixels = images[:, :, ::down, ::right].contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
-            return _product(pixels, weight, bias, packed)
-        downwards, sideways = rows + 2 * above - kernel_size[0], columns + 2 * left - kernel_size[1]
-        if 0 <= downwards < down and 0 <= sideways < right:  # one kernel position, where part of it covers the map
-            kernel = weight[:, :, above : above + rows, left : left + columns]
+            pixels = images[:, :, ::stride_y, ::stride_x].contiguous(memory_format=torch.channels_last)
+            return _product(pixels.permute(0, 2, 3, 1), weight, bias, packed)
+        room_y, room_x = height + 2 * pad_y - kernel_size[0], width + 2 * pad_x - kernel_size[1]
+        if 0 <= room_y < stride_y and 0 <= room_x < stride_x:  # one kernel position, where part of it covers the map
+            kernel = weight[:, :, pad_y : pad_y + height, pad_x : pad_x + width]
             covered = images[:, :, : kernel.shape[2], : kernel.shape[3]].flatten(1)[:, None, None]
             return _product(covered, kernel, bias, packed)
     return F.conv2d(images, weight, bias, stride, padding)
 
 
-def _product(seen: Tensor, kernel: Tensor, bias: Tensor | None, packed: PackedKernels | None) -> Tensor:
-    """What a kernel sees at each position (B, H, W, elements) times the kernel: maps (B, outputs, H, W)."""
+def _product(patches: Tensor, kernel: Tensor, bias: Tensor | None, packed: PackedKernels | None) -> Tensor:
+    """What the kernel covers at each position (B, H, W, elements) times the kernel: maps (B, outputs, H, W)."""
     if packed is None:
-        return F.linear(seen, kernel.flatten(1), bias).permute(0, 3, 1, 2)
+        return F.linear(patches, kernel.flatten(1), bias).permute(0, 3, 1, 2)
     size = kernel.shape[2:]
     if size not in packed:
-        packed[size] = torch.ops.mkldnn._reorder_linear_weight(kernel.flatten(1).contiguous(), seen[..., 0].numel())
-    seen = seen.to(kernel.dtype)  # autocast does not know this operation
-    return torch.ops.mkldnn._linear_pointwise(seen, packed[size], bias, "none", [], "").permute(0, 3, 1, 2)
+        packed[size] = torch.ops.mkldnn._reorder_linear_weight(kernel.flatten(1).contiguous(), patches[..., 0].numel())
+    patches = patches.to(kernel.dtype)  # autocast does not know this operation
+    return torch.ops.mkldnn._linear_pointwise(patches, packed[size], bias, "none", [], "").permute(0, 3, 1, 2)

@@ -204,7 +204,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         checkpoint.load_best(model, run)
         tested = NOT_JUDGED
         if source.test is not None:
-            # With everything frozen, all batch norms are folded, as in predict.py.
+            # With everything frozen, every batch norm that follows a convolution is folded, as in predict.py.
             model = accelerator.prepare_model(model.requires_grad_(False), evaluation_mode=True)
             folding.fold(bare(accelerator, model), size, accelerator.mixed_precision)
             test_loader = accelerator.prepare(loading.loader(source, "test", config.data, share))

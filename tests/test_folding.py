@@ -11,11 +11,10 @@ from engine import train_mode
 SIZE = (32, 32)
 
 
-@pytest.fixture
-def model():
-    """A ResNet whose frozen batch norms have statistics of their own."""
+def create(name: str) -> nn.Module:
+    """A model whose batch norms have statistics of their own."""
     torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=10)
+    model = timm.create_model(name, num_classes=10)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)
@@ -23,6 +22,11 @@ def model():
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
     return model
+
+
+@pytest.fixture
+def model():
+    return create("resnet18")
 
 
 @pytest.fixture
@@ -109,25 +113,70 @@ def test_timms_norms_keep_their_activation(images):
     torch.testing.assert_close(model(images), before, atol=1e-4, rtol=1e-3)
 
 
-class Branching(nn.Module):
-    """A convolution whose output goes past its batch norm, too."""
+def test_batch_norms_of_the_head_are_folded_too(images):
+    model = create("mobilenetv4_conv_small").requires_grad_(False)
+    norms = [module for module in model.modules() if type(module) in folding.NORMS]
+    before = model.eval()(images)
+    assert folding.fold(model, SIZE, "no") == len(norms)
+    assert "forward" in vars(model.norm_head)
+    torch.testing.assert_close(model(images), before, atol=1e-4, rtol=1e-3)
+
+
+def test_features_may_be_a_list():
+    model, images = create("efficientvim_m1").requires_grad_(False), torch.randn(2, 3, 64, 64)
+    before = model.eval()(images)
+    assert folding.fold(model, (64, 64), "no") > 20
+    torch.testing.assert_close(model(images), before, atol=1e-4, rtol=1e-3)
+
+
+class Small(nn.Module):
+    """A convolution with a bias, and its batch norm."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)
         nn.init.constant_(self.norm.weight, 3)
+        nn.init.constant_(self.norm.bias, 1)
+
+    def forward_features(self, images):
+        return self.norm(self.conv(images))
+
+    def forward_head(self, features, pre_logits):
+        assert pre_logits
+        return features
+
+
+class Again(Small):
+    """Both used a second time."""
+
+    def forward_features(self, images):
+        return super().forward_features(super().forward_features(images))
+
+
+@pytest.mark.parametrize("kind", [Small, Again])
+def test_a_bias_is_folded_too_and_a_convolution_may_be_used_again(kind, images):
+    torch.manual_seed(0)
+    model = kind().requires_grad_(False).eval()
+    before = model.forward_features(images)
+    assert folding.fold(model, SIZE, "no") == 1
+    torch.testing.assert_close(model.forward_features(images), before, atol=1e-4, rtol=1e-4)
+
+
+class Branching(Small):
+    """The convolution's output goes past its batch norm, too."""
 
     def forward_features(self, images):
         out = self.conv(images)
         return out + self.norm(out)
 
 
-class Twice(Branching):
-    """One batch norm after another use of the same convolution."""
+class Twice(Small):
+    """Another batch norm after another use of the same convolution."""
 
     def __init__(self):
         super().__init__()
-        self.other = nn.BatchNorm2d(4)
+        self.other = nn.BatchNorm2d(3)
+        nn.init.constant_(self.other.weight, 2)
 
     def forward_features(self, images):
         return self.norm(self.conv(images)) + self.other(self.conv(images))

@@ -2,8 +2,10 @@
 
 import json
 import math
+import weakref
 
 import pytest
+import timm
 import torch
 from conftest import TWO_PHASES, forget_accelerate, phase
 from test_engine import accelerator_of, make_model, train_one_phase
@@ -13,8 +15,9 @@ from test_resume import DRAWING, STEPS, whole_and_resumed
 import augment
 import graphs
 import loading
+import models
 import train
-from engine import unwrap
+from engine import train_mode, unwrap
 from errors import UserError
 
 GPUS = torch.cuda.device_count()
@@ -109,6 +112,20 @@ def test_recording_leaves_buffers_and_random_numbers_as_they_were():
     assert graphs.record(accelerator, model, (8, 3, 32, 32))
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert torch.cuda.get_rng_state().equal(random_state)
+
+
+def test_what_frozen_modules_keep_for_later_calls_outlives_a_change_of_mode():
+    """LeViT's attention drops it then; but replays go on reading it."""
+    model = timm.create_model("levit_128s", num_classes=10, img_size=64).requires_grad_(False)
+    models.freeze_all_but(model, ("head",))
+    accelerator = accelerator_of(cpu=False)
+    prepared = accelerator.prepare(model.cuda())
+    assert graphs.record(accelerator, prepared, (8, 3, 64, 64))
+    caches = [module.attention_bias_cache for module in model.modules() if hasattr(module, "attention_bias_cache")]
+    kept = [weakref.ref(tensor) for cache in caches for tensor in cache.values()]
+    del caches
+    train_mode(prepared)
+    assert kept and all(one() is not None for one in kept)
 
 
 def test_dropout_drops_anew_in_each_replayed_step(make_config):

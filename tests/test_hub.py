@@ -68,9 +68,10 @@ def train(command, server_url, home, output, *more):
 
 
 def test_part_3_runs_from_the_hub_streamed(server, command, tmp_path):
-    result = train(command, server.url, tmp_path / "home", tmp_path / "runs")
+    name = "test_resnet.r160_in1k"  # with the weights' tag, as the hub names them
+    result = train(command, server.url, tmp_path / "home", tmp_path / "runs", "--model.name", name)
     assert result.returncode == 0, result.stderr
-    assert "timm's pretrained test_resnet" in result.stdout
+    assert f"timm's pretrained {name} from timm/{name}" in result.stdout
     assert "streamed" in result.stdout
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert 0 <= summary["test_top1"] <= 1

@@ -7,6 +7,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import folding
 import models
 from config import ModelConfig
 from errors import UserError
@@ -110,6 +111,16 @@ def test_a_best_folder_gives_the_same_logits_through_timm(tmp_path, name):
     data_config = timm.data.resolve_model_data_config(loaded)
     assert tuple(data_config["input_size"]) == (3, 48, 48)
     assert tuple(data_config["std"]) == (0.4, 0.5, 0.6)
+
+
+def test_of_a_folded_model_in_another_layout_best_has_the_weights_and_the_model_stays(tmp_path):
+    model = create()[0].to(memory_format=torch.channels_last)
+    models.freeze_all_but(model, ("head",))
+    assert folding.fold(model, (32, 32), "bf16")
+    checkpoint.save_best(model, tmp_path)
+    saved, state = load_file(tmp_path / "best" / "model.safetensors"), model.state_dict()
+    assert saved.keys() == state.keys() and all(torch.equal(saved[name], state[name]) for name in state)
+    assert not state["conv1.0.weight"].is_contiguous()
 
 
 def test_a_best_folder_as_weights_hands_its_normalisation_on(tmp_path):

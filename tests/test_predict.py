@@ -84,6 +84,16 @@ def test_it_folds_batch_norms_which_changes_predictions_by_rounding_alone(run, m
         assert float(one["probability"]) == pytest.approx(float(other["probability"]), abs=1e-4)
 
 
+def test_in_bf16_too_its_figures_are_the_trainings(make_config, monkeypatch):
+    """Where one of the two folded less, they would differ."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = train.train(make_config({"only": phase(lr=0.01)}))
+    judge(run)
+    assert figures(run)["precision"] == "bf16"
+    summary = json.loads((run / "summary.json").read_text())
+    assert figures(run)["loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
+
+
 # ---- labelled images ------------------------------------------------------------------------------------------------
 
 
