@@ -12,7 +12,6 @@ from recipe import script_of
 from runfolder import Predictions, Run, number
 from text import NAME_LENGTH, plain, shown
 
-ORIGINS = {"robustness": "own corruptions", "cifar100c": "CIFAR-100-C"}  # of robustness figures
 AFTER = 5  # epochs that the second jump of a phase change spans
 UNTOLD = ("output_dir", "run_name")  # where a run is stored is no difference
 
@@ -55,16 +54,18 @@ def throughput(run: Run) -> float | None:
 def robustness(run: Run) -> Predictions | None:
     """The predictions whose mean15 represents a run.
 
-    Its own data before others, then all rows before some, one view before several, own corruptions before CIFAR-100-C.
+    Its own data before others, its best weights before earlier ones, then all rows before some, one view before
+    several, own corruptions before CIFAR-100-C.
     """
     found = [it for it in run.predictions if it.kind != "split" and it.mean15 is not None]
-    return min(found, key=lambda it: (not it.own, it.rank[1:3], it.rank), default=None)
+    return min(found, key=lambda it: (not it.own, run.is_outdated(it), it.rank[1:3], it.rank), default=None)
 
 
-def conditions(found: Predictions) -> str:
-    """How the conditions differ from all rows and one view; "" if they don't."""
+def conditions(run: Run, found: Predictions) -> str:
+    """How the conditions differ from all rows, one view and the best weights; "" if they don't."""
     marks = [f"first {found.limit:,} rows"] if found.limit is not None else []
-    return ", ".join(marks + ([f"with {found.tta}"] if found.tta else []))
+    marks += [f"with {found.tta}"] if found.tta else []
+    return ", ".join(marks + ["earlier weights"] * run.is_outdated(found))
 
 
 def comparison(runs: list[Run]) -> Table:
@@ -78,7 +79,7 @@ def comparison(runs: list[Run]) -> Table:
             epochs += f" of {planned}"
         mean15 = "-"
         if found:
-            mean15 = f"{found.mean15:.1%} ({', '.join(filter(None, (ORIGINS[found.kind], conditions(found))))})"
+            mean15 = f"{found.mean15:.1%} ({', '.join(filter(None, (found.origin, conditions(run, found))))})"
         rows.append(
             {
                 "run": run.name,
@@ -106,7 +107,8 @@ def legend(runs: list[Run]) -> list[str]:
     """Notes on the comparison's columns that need explaining."""
     lines = [
         "Best epoch: the highest validation top-1. Training and validation figures are of that epoch, test figures of "
-        "its weights. Loss in nats; images/s: training, over the whole run."
+        "its weights. Training figures are of images as they were trained on: augmented, and mixed where augment.mix "
+        "says so. Loss in nats; images/s: training, over the whole run."
     ]
     if not all(run.validates for run in runs):
         lines.append(
@@ -117,11 +119,11 @@ def legend(runs: list[Run]) -> list[str]:
             "Epochs '3 of 50': the run has no summary.json that can be read: it goes on, was stopped or crashed; such "
             "a run has no test figures and no count of parameters."
         )
-    kinds = {found.kind for found in map(robustness, runs) if found}
-    if kinds:
+    origins = {found.origin for found in map(robustness, runs) if found}
+    if origins:
         lines.append("Robustness mean: top-1 over 15 corruptions and 5 severities.")
-    if len(kinds) > 1:
-        lines.append("Own corruptions and CIFAR-100-C are different images: do not compare one with the other.")
+    if len(origins) > 1:
+        lines.append(f"{' and '.join(sorted(origins))} are different images: do not compare one with the other.")
     return lines
 
 

@@ -135,6 +135,8 @@ def cifar100c(folder: Path, limit: int | None = None) -> Files:
         raise UserError(
             f"--cifar100c: {path} has labels from {labels.min()} to {labels.max()}; they must be 0 to 99", USAGE
         )
+    if labels.max() < 10:  # its files have the same names and shapes
+        raise UserError(f"--cifar100c: {path} has no label above {labels.max()}: this is CIFAR-10-C", USAGE)
     wanted = SEVERITY_ROWS if limit is None else min(limit, SEVERITY_ROWS)
     rows = (np.arange(LEVELS)[:, None] * SEVERITY_ROWS + np.arange(wanted)).ravel()
     return Files(paths, rows, labels)

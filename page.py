@@ -128,7 +128,7 @@ def _splits(run: Run) -> Table | None:
         [
             it.name,
             it.source,
-            f"{it.rows:,}" + (f" ({conditions(it)})" if conditions(it) else ""),
+            f"{it.rows:,}" + (f" ({conditions(run, it)})" if conditions(run, it) else ""),
             figure(it.loss, ".3f"),
             percent(it.top1),
             percent(it.top5),
@@ -146,8 +146,8 @@ def _robustness(run: Run) -> Table | None:
     rows = [
         [
             it.name,
-            comparison.ORIGINS[it.kind],
-            f"{it.rows:,}" + (f" ({conditions(it)})" if conditions(it) else ""),
+            it.origin,
+            f"{it.rows:,}" + (f" ({conditions(run, it)})" if conditions(run, it) else ""),
             percent(it.mean15),
             percent(it.mean19),
         ]

@@ -43,6 +43,7 @@ STYLE = {
 LABELLED = 25  # classes whose names fit beside a confusion matrix
 COUNTED = 12  # classes whose counts fit into its cells
 LONGEST = 24  # characters of a name in a figure
+MOST_BARS = 100
 
 
 @dataclass(frozen=True)
@@ -320,8 +321,9 @@ def _confusion(run: Run, found: Predictions) -> Picture:
 
 
 def _bars(run: Run, found: Predictions, parts: list[ClassFigures], what: str) -> Picture:
-    parts = parts[:100]
-    parts = sorted(parts, key=lambda part: -1 if part.top1 is None else part.top1)  # the best one comes on top
+    parts, count = sorted(parts, key=lambda part: -1 if part.top1 is None else part.top1), len(parts)
+    if count > MOST_BARS:
+        parts = parts[: MOST_BARS // 2] + parts[-MOST_BARS // 2 :]  # the best one comes on top
     places, names = range(len(parts)), [f"{shown(part.name, LONGEST)} ({part.rows:,})" for part in parts]
     below = [100 * (part.superclass_top1 or 0) for part in parts]
     with matplotlib.rc_context(STYLE):
@@ -341,7 +343,9 @@ def _bars(run: Run, found: Predictions, parts: list[ClassFigures], what: str) ->
         if what == "superclass":
             figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     judged = [part for part in parts if part.top1 is not None]
-    alt = f"Accuracy of {len(parts)} {what}es"
+    alt = f"Accuracy of {count} {what}es"
+    if count > MOST_BARS:
+        alt += f", of which the {MOST_BARS // 2} lowest and the {MOST_BARS // 2} highest are shown"
     if judged:
         alt += f": from {judged[0].name} {percent(judged[0].top1)} to {judged[-1].name} {percent(judged[-1].top1)}"
     return Picture(stem(run.name, found.name, f"{what}es"), f"Accuracy per {what}", alt, figure)
@@ -400,5 +404,5 @@ def _robustness(run: Run, found: Predictions) -> Picture:
     alt = f"Top-1 under {len(rows)} corruptions and 5 severities"
     alt += f", mean over 15 {percent(found.mean15)}" if found.mean15 is not None else ""
     alt += f"; lowest for {worst.name}, {percent(sum(worst.top1) / 5)} on average"
-    title = f"Robustness {conditions(found)}".strip()
+    title = f"Robustness {conditions(run, found)}".strip()
     return Picture(stem(run.name, found.name, "heat-map"), title, alt, figure)

@@ -105,6 +105,8 @@ def _check_together(args: argparse.Namespace) -> None:
     """UserError if an option does not fit what is to be predicted."""
     if args.limit and (args.ood or args.push_to_hub):
         raise UserError("--limit: a submission or an upload must be complete", USAGE)
+    if vars(args).get("data.micro_batch_size") == "auto":
+        raise UserError("--data.micro_batch_size: only training tries out what fits; give a number here", USAGE)
     if args.output and (args.robustness or args.cifar100c or args.push_to_hub):
         raise UserError("--output: it names the CSV of predictions, and only accuracies are written here", USAGE)
     if args.seed is not None and not args.robustness:
@@ -156,6 +158,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import analysis
+import corruptions
 import data
 import decoding
 import distorted
@@ -384,7 +387,7 @@ def robustness(
     else:
         seed = images.seed
         note = f"Made here from the test split, seed {seed}: not comparable with figures on the published files."
-        result |= {"seed": seed, "note": note}
+        result |= {"seed": seed, "version": corruptions.VERSION, "note": note}
     result |= found
     if accelerator.is_main_process:
         with writing(folder):

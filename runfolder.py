@@ -27,7 +27,7 @@ THUMBNAIL_BYTES, THUMBNAIL_SIDE = 2**18, 1024  # of a file that is read
 SHOWN_SIDE = 96  # pixels, as shown on the page
 FIGURES = (
     *("lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5"),
-    *("step", "seconds", "images_per_second"),
+    *("step", "seconds", "images_per_second", "peak_memory_mb"),
 )
 SUMMARY_FIGURES = ("parameters", "test_loss", "test_top1", "test_top5")
 
@@ -110,6 +110,7 @@ class Predictions(_Part):
     tta: Name | None = None
     epochs: Count | None = None  # finished by the run
     seed: Count = 0  # of corruptions
+    version: Count = 1  # of corruptions made here: corruptions.VERSION
     # kind "split"
     corrupt: Count = 0
     loss: Loss = None
@@ -140,6 +141,12 @@ class Predictions(_Part):
     def own(self) -> bool:
         """Whether the run's own test split was judged: other data would be part of the name."""
         return self.name.removesuffix(suffix(self.tta, self.limit, self.seed)) in ("test", "robustness", "cifar100c")
+
+    @property
+    def origin(self) -> str:
+        """Which images a robustness mean is of."""
+        version = f" v{self.version}" if self.version > 1 else ""
+        return "CIFAR-100-C" if self.kind == "cifar100c" else f"own corruptions{version}"
 
     @property
     def rank(self) -> tuple:

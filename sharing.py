@@ -32,8 +32,8 @@ from checkpoint import BEST
 from config import Config, hub_id
 from errors import USAGE, UserError, first_line
 from files import write_whole
+from recipe import PATCHED, read_yaml
 from recipe import check as check_config
-from recipe import read_yaml
 from text import plain
 
 HERE = "local-dir:best"  # what the card's example loads, from within the run's folder
@@ -183,8 +183,6 @@ def read_card(run: Path) -> str:
     best, history = _read(run / "best" / "config.json"), _read(run / "history.jsonl")
     summary = _read(run / "summary.json") if (run / "summary.json").exists() else {}
     try:
-        if summary and summary.get("epochs") != len(history):
-            summary = {}  # outdated: the run was resumed with another phase, and best/ may be newer
         return card(config, best, history, summary)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
@@ -235,7 +233,7 @@ def card(config: Config, best: dict, history: list[dict], summary: dict) -> str:
         if figures:
             parts.append(_table(("rows", "figure", "value"), measured))
         why = "the best on the rows held out of training" if config.data.folds else "the last; no rows were held out"
-        parts.append(f"The weights are those of epoch {summary['best_epoch']}, {why}.")
+        parts.append(f"The weights are those of epoch {_text(summary['best_epoch'])}, {why}.")
     else:
         parts.append("The run has not ended: there are no figures yet.")
     shown = classes[:SHOWN]
@@ -311,7 +309,10 @@ def _phases(config: Config, history: list[dict]) -> str:
 
 
 def _recipe(config: Config) -> dict:
-    recipe = {
+    recipe, patches = {}, config.recipe.partition(PATCHED)[2]
+    if patches:
+        recipe["Patches (benchmarks/patches.py), which the rest does not tell of"] = patches.replace(".", ", ")
+    recipe |= {
         "Augmentation": _augmentation(config),
         "Images a step": config.data.batch_size,
         "Gradients clipped at": config.clip_norm or "off",
@@ -368,7 +369,8 @@ def _example(architecture: str) -> str:
         "    v2.ToDtype(torch.float32, scale=True),",
         '    v2.Normalize(cfg["mean"], cfg["std"]),',
         "])",
-        'image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.BILINEAR)  # image: of PIL',
+        'image = ImageOps.exif_transpose(image).convert("RGB")  # image: of PIL',
+        "image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)",
         "with torch.inference_mode():",
         "    logits = model(prepare(image).unsqueeze(0))",
         'print(cfg["label_names"][logits.argmax()])',

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from results_plan import MADE, MEASURED, RESULTS, ROOT, Part, Row, launcher, read_made, recipe_of, state
 
 import comparison
+import corruptions
 import report
 from errors import UserError
 from files import write_whole
@@ -33,7 +34,7 @@ def figures(folder: Path) -> Figures:
     names = ("train_loss", "train_top1", "val_loss", "val_top1")
     jump = changes[0] if changes else None
     # On a GPU its own memory counts; the history has it.
-    memory = [row["peak_memory_mb"] for row in run.history if "peak_memory_mb" in row]
+    memory = [row["peak_memory_mb"] for row in run.history if row["peak_memory_mb"] is not None]
     memory = memory or [it.get("peak_memory_mib", 0) for it in made["sessions"] if it["does"] == "train"]
     return {
         "run": run,
@@ -41,6 +42,7 @@ def figures(folder: Path) -> Figures:
         **{name: best[name] for name in names},
         **{name: run.summary[name] for name in ("test_loss", "test_top1", "minutes")},
         "mean15": found.mean15 if found else None,
+        "version": found.version if found else None,
         "jump": jump.one - jump.top1 if jump else None,
         "later": jump.several - jump.top1 if jump and jump.several is not None else None,
         "span": jump.span if jump else None,
@@ -70,10 +72,14 @@ def jumps(found: list[Figures]) -> str:
 
 
 def robustness(found: list[Figures]) -> str:
-    """Marked if training images saw any of the 15 corruptions: the report's jitter has two of them."""
+    """Marked if training images saw any of the 15 corruptions (the report's jitter has two of them), or if these were
+    of an earlier version."""
     text, config = mean_of("mean15", ".1f", 100)(found), found[0]["run"].config
+    if text == "-":
+        return text
     jittered = config["augment"]["policy"] == "report" and "unaugmented" not in config["recipe"]
-    return f"{text} †" if jittered and text != "-" else text
+    earlier = any(it["version"] < corruptions.VERSION for it in found)
+    return text + " †" * jittered + " ‡" * earlier
 
 
 def devices(found: list[Figures]) -> str:

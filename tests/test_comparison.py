@@ -66,6 +66,9 @@ def test_a_run_without_a_test_split(make, tmp_path):
     [
         ([("robustness", {}), ("cifar100c", {})], "30.0% (own corruptions)"),
         ([("cifar100c", {})], "30.0% (CIFAR-100-C)"),
+        ([("robustness", {"version": 2})], "30.0% (own corruptions v2)"),
+        ([("robustness", {"epochs": 1})], "30.0% (own corruptions, earlier weights)"),
+        ([("robustness", {"epochs": 1}), ("cifar100c", {"epochs": 5})], "30.0% (CIFAR-100-C)"),
         ([("robustness", {"limit": 200})], "30.0% (own corruptions, first 200 rows)"),
         ([("robustness", {"limit": 200}), ("cifar100c", {})], "30.0% (CIFAR-100-C)"),
         ([("cifar100c", {"tta": "flips"}), ("robustness", {"limit": 200})], "30.0% (CIFAR-100-C, with flips)"),
@@ -74,7 +77,7 @@ def test_a_run_without_a_test_split(make, tmp_path):
 def test_the_robustness_mean_says_what_it_is(make, found, shown):
     run = make()
     for kind, values in found:
-        suffix = "".join(f"-{key}" for key in values)
+        suffix = "".join(f"-{key}" for key in values if key in ("limit", "tta"))
         write_predictions(run.path, corrupted(kind, kind + suffix, mean15=0.3, **values))
     assert row(read_run(run.path))["robustness mean"] == shown
 
@@ -94,11 +97,13 @@ def test_another_data_sets_robustness_does_not_stand_for_the_runs(make, own):
 
 def test_figures_that_can_not_be_compared_are_told(make):
     runs = []
-    for kind in ("robustness", "cifar100c"):
-        write_predictions(make(kind).path, corrupted(kind))
-        runs.append(read_run(make(f"{kind}-2").path.parent / kind))
-    assert "do not compare" in " ".join(comparison.legend(runs))
-    assert "do not compare" not in " ".join(comparison.legend(runs[:1]))
+    for number, (kind, version) in enumerate((("robustness", 1), ("robustness", 2), ("cifar100c", 1))):
+        run = make(f"run{number}")
+        write_predictions(run.path, corrupted(kind, version=version))
+        runs.append(read_run(run.path))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert "do not compare" in " ".join(comparison.legend([runs[one], runs[other]]))
+        assert "do not compare" not in " ".join(comparison.legend([runs[one], runs[one]]))
 
 
 # ---- phase changes --------------------------------------------------------------------------------------------------

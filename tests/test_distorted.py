@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
             images += (10 * number + np.arange(5 * ROWS) // ROWS)[:, None, None, None].astype(np.uint8)
             images[:, 0, 0, 2] = np.arange(5 * ROWS) % ROWS
             np.save(tmp_path / f"{name}.npy", images)
-    np.save(tmp_path / "labels.npy", np.tile(np.arange(ROWS), 5))
+    np.save(tmp_path / "labels.npy", np.tile(30 * np.arange(ROWS), 5))
     return tmp_path
 
 
@@ -98,6 +98,9 @@ def test_each_file_is_looked_at_first(folder, damage, said):
 def test_labels_are_looked_at(folder):
     np.save(folder / "labels.npy", np.full(5 * ROWS, 100))
     with pytest.raises(UserError, match="labels from 100 to 100; they must be 0 to 99"):
+        distorted.cifar100c(folder)
+    np.save(folder / "labels.npy", np.tile(np.arange(ROWS), 5))
+    with pytest.raises(UserError, match="no label above 3: this is CIFAR-10-C"):
         distorted.cifar100c(folder)
     np.save(folder / "labels.npy", np.zeros(7, dtype=int))
     with pytest.raises(UserError, match=r"labels.npy has int64 of shape \(7,\); it must be 20 whole numbers"):

@@ -20,6 +20,7 @@ import results_plan
 import results_tables
 
 import commandline
+import corruptions
 from errors import Interrupted, UserError
 
 COMPARISON = results_tables.write_comparison
@@ -59,7 +60,8 @@ def write(it, top1s, minutes=30.0, phases=None):
         (folder / "config.yaml").write_text(results_plan.planned(it, run).to_yaml())
         summary = {"test_loss": 2.0, "test_top1": test_top1, "test_top5": 0.8, "parameters": 5, "minutes": minutes}
         (folder / "summary.json").write_text(json.dumps(summary))
-        run_folders.write_predictions(folder, run_folders.corrupted("robustness", mean15=0.345))
+        judged = run_folders.corrupted("robustness", mean15=0.345, version=corruptions.VERSION)
+        run_folders.write_predictions(folder, judged)
         (folder / "made.json").write_text(json.dumps(made_of(it, run)))
     return it
 
@@ -458,6 +460,26 @@ def test_robustness_is_marked_where_training_saw_one_of_the_corruptions(project,
     assert any(line.startswith("| what other is |") and "| 34.5 |" in line for line in lines)
 
 
+def test_robustness_under_earlier_corruptions_is_marked(project, args):
+    it = write(row("one", options=["--augment.policy", "augmix"], seeds=[0, 1]), [0.5, 0.5])
+    earlier = run_folders.corrupted("robustness", mean15=0.345)  # names no version: the first
+    run_folders.write_predictions(results_plan.RESULTS / "one-seed1", earlier)
+    results_tables.write_tables([it], args.runs)
+    assert "| 34.5 ± 0.0 ‡ |" in (project / "README.md").read_text()
+
+
+@pytest.mark.parametrize("on_gpu, said", [(False, "1,234"), (True, "20")])
+def test_memory_is_the_gpus_own_where_there_is_one(project, args, on_gpu, said):
+    it = write(row("one"), [0.5])
+    history = results_plan.RESULTS / "one-seed0" / "history.jsonl"
+    if on_gpu:
+        rows = [json.loads(line) for line in history.read_text().splitlines()]
+        rows = [row | {"peak_memory_mb": number} for number, row in enumerate(rows, start=1)]
+        history.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    results_tables.write_tables([it], args.runs)
+    assert f"| {said} | 2 CPU cores |" in (project / "docs" / "results.md").read_text()
+
+
 def test_seeds_from_several_weights_make_no_row(project, args):
     it = write(row("one", seeds=[0, 1], options=results_plan.WEIGHTS), [0.5, 0.6])
     for seed in (0, 1):
@@ -504,6 +526,11 @@ def test_no_figure_in_the_tables_was_typed_by_hand(project, args, monkeypatch):
         *(f"recipes/{it.name}" for it in (ROOT / "recipes").glob("*.yaml")),
     ):
         assert (project / path).read_text() == (ROOT / path).read_text(), path
+    for path in (ROOT / "docs" / "curves").glob("*.svg"):  # whose bytes depend on matplotlib's version
+        drawn = [
+            re.findall(r'id="(run-\d+)"', root.read_text()) for root in (path, project / "docs/curves" / path.name)
+        ]
+        assert drawn[0] == drawn[1] != [], path
 
 
 def test_kept_files_name_no_place_on_this_machine():

@@ -132,6 +132,11 @@ def test_the_card_says_how_training_images_were_augmented(ended, augmentation, s
     assert rows_of(card_text(ended(augment=augmentation)))["Augmentation"] == [said]
 
 
+def test_a_patched_run_says_so(ended):
+    rows = rows_of(card_text(ended(recipe="resnet50..ema.unaugmented")))
+    assert rows["Patches &#40;benchmarks/patches&#46;py&#41;, which the rest does not tell of"] == ["ema, unaugmented"]
+
+
 def test_figures_that_are_not_there_are_left_out(ended):
     nothing = dict.fromkeys(("test_loss", "test_top1", "test_top5"))
     text = card_text(ended(summary=nothing, data={"test_split": None}))
@@ -139,11 +144,9 @@ def test_figures_that_are_not_there_are_left_out(ended):
     assert not re.search(r"\bNone\b|\bnull\b", text)
 
 
-@pytest.mark.parametrize("earlier_end", [False, True])
-def test_a_run_that_has_not_ended_has_a_card_without_figures(ended, earlier_end):
-    run = ended(summary={"epochs": 1})  # what a run that is resumed with one more phase finds
-    if not earlier_end:
-        (run / "summary.json").unlink()
+def test_a_run_that_has_not_ended_has_a_card_without_figures(ended):
+    run = ended()
+    (run / "summary.json").unlink()
     text = card_text(run)
     assert "The run has not ended" in text
     assert "model-index" not in text and "0.5125" not in text and "51.25" not in text
@@ -229,16 +232,17 @@ def test_the_cards_example_gives_the_logits_of_evaluation(ended, name, tmp_path,
     assert ("import models" in code) == (name == "simple_cnn")
     torch.manual_seed(0)
     picture = Image.fromarray(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy())
+    picture.getexif()[0x0112] = 6  # a phone held upright: to be turned by a quarter
     (tmp_path / "example.py").write_text(code)
     monkeypatch.chdir(run)  # from where local-dir:best is
     got = runpy.run_path(str(tmp_path / "example.py"), {"image": picture})
     model = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
     _, transform = augment.build(check(read_yaml(run / "config.yaml"), "x"), model.pretrained_cfg, torch.device("cpu"))
     encoded = io.BytesIO()
-    picture.save(encoded, "PNG")
+    picture.save(encoded, "PNG", exif=picture.getexif())
     rows = [{"image": {"bytes": encoded.getvalue(), "path": None}, "label": 0}]
     with torch.no_grad():
-        logits = model(transform(decoding.Collate("image", "label", 5, (40, 50), 32)(rows)["image"]))
+        logits = model(transform(decoding.Collate("image", "label", 5, (50, 40), 32)(rows)["image"]))
     torch.testing.assert_close(got["logits"], logits)
     assert capsys.readouterr().out.strip() == f"class{int(logits.argmax())}"
 
@@ -249,9 +253,6 @@ def test_a_damaged_run_is_told(ended, name, text):
     run = ended()
     path = run / "best" / name if name == "config.json" else run / name
     path.write_text(text)
-    if name == "summary.json" and text == '{"a": 1}':
-        assert "has not ended" in card_text(run)
-        return
     with pytest.raises(UserError):
         sharing.write_card(run)
 
