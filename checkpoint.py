@@ -10,6 +10,7 @@ here unpickles arbitrary objects.
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -34,6 +35,7 @@ from processes import max_over_processes, on_main
 
 AGREE_EVERY = 20  # steps after which several processes compare clocks
 BEST = ("config.json", "model.safetensors")  # the files of best/
+NAME = r"\d{5,}-\d{9,}"  # of a checkpoint: epochs finished, steps made
 
 
 class Checkpoints:
@@ -45,7 +47,7 @@ class Checkpoints:
 
     def __init__(self, accelerator: Accelerator, config: CheckpointConfig, run: Path, facts: dict):
         self.accelerator, self.config, self.run, self.facts = accelerator, config, run, facts
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), None
 
     def due(self, state: RunState) -> bool:
         """Whether to write a checkpoint after the step just made."""
@@ -57,6 +59,8 @@ class Checkpoints:
 
     def save(self, state: RunState, metrics: Classification) -> None:
         """Write runs/NAME/checkpoints/EPOCH-STEP whole or not at all, then prune older ones."""
+        if self.saved == (state.epoch, state.step):  # a signal came just after this one was due
+            return
         accelerator, folder = self.accelerator, self.run / "checkpoints"
         target, unfinished = folder / f"{state.epoch:05d}-{state.step:09d}", folder / "unfinished"
         if accelerator.is_main_process:
@@ -68,7 +72,8 @@ class Checkpoints:
             save_file(epoch, unfinished / f"epoch_{accelerator.process_index}.safetensors")
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                if (self.run / "best").is_dir():
+                # A run killed while it wrote its first best/ has only a part of it.
+                if all((self.run / "best" / name).is_file() for name in BEST):
                     (unfinished / "best").mkdir()
                     for name in BEST:
                         shutil.copyfile(self.run / "best" / name, unfinished / "best" / name)
@@ -83,7 +88,7 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)  # useless, and the disk may be full
             raise
         accelerator.wait_for_everyone()
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved = time.monotonic(), (state.epoch, state.step)
 
     def _prune(self, newest: Path) -> None:
         folders = _folders(self.run)
@@ -167,7 +172,8 @@ def epochs_finished(run: Path) -> int | None:
 
 
 def _folders(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("[0-9]*-[0-9]*"))
+    folders = (run / "checkpoints").glob("[0-9]*-[0-9]*")
+    return sorted(path for path in folders if re.fullmatch(NAME, path.name))  # not somebody's copy of one
 
 
 # ---- whole or not at all ----------------------------------------------------------------------------------------

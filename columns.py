@@ -34,6 +34,8 @@ def find(features: Features, config: DataConfig) -> tuple[str, str]:
         )
     # With several labels (CIFAR-100: fine and coarse), classifiers are judged by the one with the most classes.
     label = config.label or max(labels, key=lambda name: features[name].num_classes)
+    if config.image and not isinstance(features[config.image], Image) and label == config.image:
+        raise UserError(f"data.image: column '{label}' of {config.source} holds classes, not images", USAGE)
     if label == (config.image or images[0]):
         raise UserError(f"data.label: column '{label}' of {config.source} holds images, not classes", USAGE)
     return config.image or images[0], label
@@ -73,7 +75,13 @@ def with_classes(split, label: str, config: DataConfig, only_test: bool):
         )
     names = [str(value) for value in range(most + 1)]
     classes_with_rows(split, config.train_split, label, names, config)
-    return split.cast_column(label, ClassLabel(names=names)), names
+    return as_classes(split, label, names), names
+
+
+def as_classes(split: Dataset, label: str, names: list[str]) -> Dataset:
+    """The split with its whole-number labels as a ClassLabel; `cast_column` would write all images to disk again."""
+    labels = split.data.column(label).cast(pa.int64()).to_numpy()
+    return split.remove_columns(label).add_column(label, labels, feature=ClassLabel(names=names))
 
 
 def check_classes(train: Dataset, test: Dataset | None, label: str, names: list[str], config: DataConfig) -> None:

@@ -67,10 +67,14 @@ def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
     elif chosen.run_name:
         run = output_dir / chosen.run_name
     else:
-        # Runs with a checkpoint come first: a newer one without has nothing to resume.
+        # Unfinished runs come first, then those with a checkpoint: a newer one without has nothing to resume.
         known = sorted(
             output_dir.glob("*/config.yaml"),
-            key=lambda path: (any(path.parent.glob("checkpoints/[0-9]*")), path.stat().st_mtime),
+            key=lambda path: (
+                not (path.parent / "summary.json").exists(),
+                any(path.parent.glob("checkpoints/[0-9]*")),
+                path.stat().st_mtime,
+            ),
         )
         run = next((path.parent for path in reversed(known) if _recorded_recipe(path) == name), None)
         if run is None:

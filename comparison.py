@@ -45,7 +45,7 @@ def points(value: float | None) -> str:
 
 
 def throughput(run: Run) -> float | None:
-    """Training images per second over the whole run: the harmonic mean, as epochs are equally large."""
+    """Training images per second: the harmonic mean over epochs, which are equally large, without resumed ones."""
     rates = [row["images_per_second"] for row in run.history]
     rates = [rate for rate in rates if rate is not None and rate > 0]
     return statistics.harmonic_mean(rates) if rates else None

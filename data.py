@@ -65,7 +65,7 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
         test = columns.encoded(test, image, label, config.test_split)
         if isinstance(test, Dataset) and test.features != train.features:  # integer labels
             columns.classes_with_rows(test, config.test_split, label, classes, config)
-            test = test.cast(train.features)
+            test = columns.as_classes(test, label, classes)
     if len(classes) < 2 and not only_test:
         raise UserError(f"data.label: column '{label}' of {config.source} has {len(classes)} class(es); two are needed")
     if isinstance(train, Dataset):

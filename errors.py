@@ -54,7 +54,8 @@ def reported():
         if rank == 0 or not error.shared:
             # An error from a loader's worker arrives as a traceback's text, with the original message at its end.
             text = str(error).rpartition("UserError: ")[2].strip()
-            print(f"[rank {rank}] " * (rank > 0) + error.prefix + text, file=sys.stderr, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # its reader has gone; the exit code says enough
+                print(f"[rank {rank}] " * (rank > 0) + error.prefix + text, file=sys.stderr, flush=True)
         # Loaders that the traceback holds would keep their workers alive until the interpreter exits.
         traceback.clear_frames(error.__traceback__)
         sys.exit(error.exit_code)

@@ -11,6 +11,7 @@ answers, and raise one clear error if it does not.
 import http.client
 import os
 import re
+import ssl
 import sys
 import threading
 import time
@@ -160,6 +161,9 @@ def _answers() -> bool:
             urllib.request.urlopen(urllib.request.Request(endpoint(), method="HEAD"), timeout=PATIENCE).close()
         except urllib.error.HTTPError:
             pass
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # the libraries know certificates that urllib may not
+                return
         except (OSError, ValueError, http.client.HTTPException):
             return
         answered.set()

@@ -4,6 +4,7 @@ A dead launcher counts as SIGTERM: `accelerate launch` passes no signal on, and 
 training to continue unseen.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -46,7 +47,9 @@ class Interrupt:
         if not self.number:
             self.number, self.noted = number, time.monotonic()
             if self.accelerator.is_main_process:
-                os.write(sys.__stderr__.fileno(), f"\n{signal.Signals(number).name}: finishing this step\n".encode())
+                told = f"\n{signal.Signals(number).name}: finishing this step\n"
+                with contextlib.suppress(OSError):  # nobody reads it any more: `| tee` dies of the same Ctrl-C
+                    os.write(sys.__stderr__.fileno(), told.encode())
         elif number == signal.SIGINT and time.monotonic() - self.noted > DOUBLED:
             raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import platform
+import shlex
 import warnings
 from datetime import timedelta
 
@@ -133,7 +134,7 @@ def resume_hint(accelerator: Accelerator, run: object) -> str:
     processes = accelerator.num_processes
     machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     started = command(processes, accelerator.mixed_precision, accelerator.device.type, machines)
-    return f"go on with: {started} --resume {run}"
+    return f"go on with: {started} --resume {shlex.quote(str(run))}"
 
 
 @contextlib.contextmanager

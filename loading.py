@@ -16,7 +16,7 @@ from processes import cores_per_process, is_main, no_bar
 
 FEW = 2000  # rows of small images, which decode faster than a worker starts
 LITTLE = 1 / 20  # of a GPU's memory
-GRACE = 10  # seconds that a loader's worker lives on after SIGTERM
+GRACE = 120  # seconds that a loader's worker lives on after SIGTERM: longer than the steps until all processes stop
 
 
 class DecodedImages(Dataset):

@@ -19,7 +19,7 @@ from config import Config
 from errors import USAGE, Interrupted, UserError
 from files import write_whole
 from processes import on_main, raised_on_all
-from recipe import check, read_yaml
+from recipe import check, read_yaml, script_of
 
 # Options a resumed run may change; the others have shaped the weights. Phases that have not begun are free, too.
 FREE = (
@@ -42,8 +42,8 @@ FREE = (
 def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Iterator[Path]:
     """The run's folder, with its config.yaml, locked until the context ends or its owner dies.
 
-    If an error, not a signal, ends a new run before its first epoch or checkpoint, its folder is removed. Every process
-    calls this.
+    If a new run ends before its first epoch or checkpoint, its folder is removed; but not if it was interrupted, which
+    may be resumed. Every process calls this.
 
     Raises:
         UserError: a new run's folder exists, or can't be made or seen; or another process holds it.
@@ -52,7 +52,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
     run = resume or Path(on_main(lambda: str(config.runs_folder() / name)))
     lock, folder_made = FileLock(run / "checkpoints" / ".lock", blocking=False), not run.parent.exists()
     if not resume:
-        on_main(lambda: _make(run, config, launch.environment(accelerator)))
+        on_main(lambda: _make(run, config))
     try:
         on_main(lambda: _take(lock, run))
         with raised_on_all(accelerator):
@@ -72,13 +72,17 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
         lock.release()
 
 
-def _make(run: Path, config: Config, environment) -> None:
+def settled(accelerator: Accelerator, config: Config) -> Config:
+    """A new run's configuration with what depends on this machine: its environment, and whether data are streamed."""
+    data = dataclasses.replace(config.data, streaming=config.data.streams)
+    return dataclasses.replace(config, data=data, environment=launch.environment(accelerator))
+
+
+def _make(run: Path, config: Config) -> None:
     """Make the folder with its config.yaml in it, or nothing at all."""
     unfinished = run.with_name(f".{run.name}.{os.getpid()}")
     try:
         (unfinished / "checkpoints").mkdir(parents=True)
-        settled = dataclasses.replace(config.data, streaming=config.data.streams)
-        config = dataclasses.replace(config, data=settled, environment=environment)
         write_whole(unfinished / "config.yaml", _to_run_again(config))
         os.rename(unfinished, run)
     except OSError as error:
@@ -115,7 +119,10 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
     notes = launch.check_same(before.environment, accelerator)
     micro = config.data.micro_batch_size if config.data.micro_batch_size != "auto" else before.data.micro_batch_size
     data = dataclasses.replace(config.data, streaming=config.data.streams, micro_batch_size=micro)
-    config = dataclasses.replace(config, data=data, environment=before.environment)
+    if script_of(config.recipe) != script_of(before.recipe):
+        started, now = (" ".join(script_of(it.recipe)) for it in (before, config))
+        raise UserError(f"--resume: {run} was started with {started}, and can't go on with {now}", USAGE)
+    config = dataclasses.replace(config, data=data, environment=before.environment, recipe=before.recipe)
 
     names = list(before.phases)[:begun]
     if names != list(config.phases)[:begun]:
@@ -125,7 +132,7 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(config))
     for field in sorted(old.keys() | new.keys()):
         was, now = old.get(field), new.get(field)
-        if was == now or field.startswith(("environment.", "recipe")):
+        if was == now or field.startswith("environment."):
             continue
         section, _, rest = field.partition(".")
         ordering = field == "data.keep_mb" and config.data.streaming  # kept rows are shuffled fully

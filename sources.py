@@ -4,6 +4,7 @@ All are `datasets` objects, streamed or memory-mapped; columns.py looks into the
 """
 
 import glob
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 import embedded
 import hub
@@ -82,35 +84,55 @@ def _draw(starts: list[int], split: str, rows: int):
                 yield row
 
 
-def _class_folders(config: DataConfig) -> tuple[dict[str, str], list[str]]:
+def _class_folders(config: DataConfig) -> tuple[dict[str, list[str]], list[str]]:
     """The file patterns of an image folder's splits, and the subfolders that look like splits, for messages.
 
     A split is a subfolder with a wanted name that holds one folder per class or a table of labels (metadata.csv,
     .jsonl). If there is none, all files belong to the split train. By itself `datasets` looks for words anywhere in a
     path: it takes a class called train, or test_tube, for a split, and mixes rows of other splits into it.
     """
-
-    def subfolders(of: Path) -> list[Path]:
-        try:
-            found = sorted(of.iterdir())
-        except OSError:  # not ours to read, such as lost+found
-            return []
-        return [path for path in found if path.is_dir() and not path.name.startswith((".", "__"))]
-
     folder = Path(config.source).expanduser()
-    wanted, inside = (config.train_split, config.test_split), subfolders(folder)
-    like_splits = [path for path in inside if subfolders(path) or any(path.glob("metadata.*"))]
-    splits = {path.name: f"{glob.escape(str(path))}/**" for path in like_splits if path.name in wanted}
+    wanted, inside = (config.train_split, config.test_split), _subfolders(folder)
+    like_splits = [path for path in inside if _subfolders(path) or any(path.glob("metadata.*"))]
+    splits = {path.name: _patterns(path) for path in like_splits if path.name in wanted}
     if splits:
         return splits, [path.name for path in like_splits]
     for path in inside:
-        if any(below.name in wanted and subfolders(below) for below in subfolders(path)):
+        if any(below.name in wanted and _subfolders(below) for below in _subfolders(path)):
             raise UserError(
                 f"data.source: {folder} has no folder '{config.train_split}', but {path} has: name that one"
             )
     if inside and like_splits == inside:  # none can be a class folder
         return {}, [path.name for path in inside]
-    return {"train": f"{glob.escape(str(folder))}/**"}, []
+    return {"train": _patterns(folder)}, []
+
+
+def _subfolders(of: Path) -> list[Path]:
+    """The folders, and links to folders, in a folder; not hidden ones."""
+    try:
+        with os.scandir(of) as found:
+            names = sorted(each.name for each in found if each.is_dir() and not each.name.startswith((".", "__")))
+    except OSError:  # not ours to read, such as lost+found
+        return []
+    return [of / name for name in names]
+
+
+def _patterns(split: Path) -> list[str]:
+    """The file patterns of one folder per class; beside a table of labels, or without class folders, of all files.
+
+    Raises:
+        UserError: an image lies elsewhere: `datasets` would take its own folder for its class.
+    """
+    classes = _subfolders(split)
+    if not classes or any(split.glob("metadata.*")):
+        return [f"{glob.escape(str(split))}/**"]
+    deeper = (path for each in classes for below in _subfolders(each) for path in below.rglob("*"))
+    for path in itertools.chain(split.iterdir(), deeper):
+        if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file():
+            raise UserError(f"data.source: {path} is not directly in a class's folder, as {classes[0]}/*; move it")
+    return [
+        f"{glob.escape(str(each))}/*" for each in classes
+    ]  # links to folders are followed only where they are named
 
 
 def _parquet_files(source: str) -> dict[str, list[str]]:

@@ -88,7 +88,8 @@ class Tracking:
                     bar.set_postfix(loss=f"{step.loss.item():.3f}", top1=f"{step.top1.item():.1%}", **memory)
                 yield step
         self.check_finite()  # waits for the device, on which the last steps may only be queued
-        self.images_per_second = trained / (time.perf_counter() - began)
+        # The rest of a resumed epoch tells nothing: workers start in it, and a stream is read again from its beginning.
+        self.images_per_second = None if made else trained / (time.perf_counter() - began)
 
     def check_finite(self) -> None:
         """Wait for the device; UserError if the loss became non-finite in some step of this epoch."""
@@ -149,11 +150,12 @@ class Tracking:
         validated = "no validation"
         if row["val_loss"] is not None:
             validated = f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%}"
+        rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}"
         self.accelerator.print(
             f"epoch {row['epoch']:3d}/{sum(self.phases.values())} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
             f"{validated} | "
-            f"{row['seconds']:.1f} s, {row['images_per_second']:.0f} images/s"
+            f"{row['seconds']:.1f} s, {rate} images/s"
             f"{left}{'  best' if best and row['val_loss'] is not None else ''}",
             flush=True,
         )

@@ -63,6 +63,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
     accelerator = launch.make_accelerator(config)
     if config.push_to_hub:
         on_main(lambda: sharing.check(config.push_to_hub))
+    if not resume:
+        config = runs.settled(accelerator, config)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
         resume_hint = launch.resume_hint(accelerator, run)
@@ -179,6 +181,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                         tracking.check_validated(validated["loss"], title)
                 except Interrupted:
+                    steps.close()  # ends the loader's workers: their death in mid-save would lose the checkpoint
                     tracking.check_finite()
                     checkpoints.save(state, metrics)
                     raise

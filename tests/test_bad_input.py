@@ -266,7 +266,7 @@ CASES = [
     source("several image columns", 2, parquet(*[rows(DEPTH, columns={"depth": PNGS})] * 2),
            "2 image columns (image, depth): name it with data.image"),
     option("--data.image picture", "data.image: there is no column 'picture'; {good} has image, label"),
-    option("--data.image label", "data.label: column 'label' of {good} holds images, not classes"),
+    option("--data.image label", "data.image: column 'label' of {good} holds classes, not images"),
     source("an image column of numbers", 2, parquet(*[rows(NUMBER, columns={"n": [1] * 30})] * 2),
            "has no images and classes in its columns n, label", options="--data.image n"),
     source("no label column", 2, parquet(*[rows(NUMBERS)] * 2),

@@ -74,6 +74,36 @@ def test_what_is_saved_comes_back_random_states_and_the_epochs_figures_included(
     assert again.compute() == metrics.compute()
 
 
+def test_a_part_of_best_is_not_taken_for_it(prepared, tmp_path):
+    """As a run leaves it that was killed while it wrote its first one."""
+    accelerator, *_ = prepared
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    save(accelerator, tmp_path, step=5)
+    assert not (checkpoint.newest(tmp_path).path / "best").exists()
+
+
+def test_a_copy_that_somebody_made_is_neither_resumed_from_nor_removed(prepared, tmp_path):
+    accelerator, *_ = prepared
+    save(accelerator, tmp_path, epoch=1, step=5)
+    first = checkpoint.newest(tmp_path).path
+    copy = first.with_name(f"{first.name}.good")
+    shutil.copytree(first, copy)
+    save(accelerator, tmp_path, epoch=2, step=10, keep=1)
+    assert checkpoint.newest(tmp_path).state.step == 10
+    assert copy.is_dir() and not first.exists()
+
+
+def test_a_checkpoint_just_written_is_not_written_again(prepared, tmp_path, monkeypatch):
+    """As when a signal comes at a step after which one was due."""
+    accelerator, *_ = prepared
+    store = Checkpoints(accelerator, CheckpointConfig(keep=1), tmp_path, {})
+    store.save(RunState(epoch=1, step=5), Classification())
+    monkeypatch.setattr(accelerator, "save_state", lambda _: pytest.fail("written again"))
+    store.save(RunState(epoch=1, step=5), Classification())
+    assert checkpoint.newest(tmp_path).state.step == 5
+
+
 def test_older_checkpoints_are_pruned_and_the_newest_is_found(prepared, tmp_path):
     accelerator, *_ = prepared
     for epoch, number in ((0, 5), (1, 10), (1, 15), (9, 90), (10, 100)):

@@ -104,9 +104,39 @@ def test_what_lies_beside_the_splits_is_left_alone(tmp_path, other):
         load(folder, test_split="validation")
 
 
-def test_a_class_may_have_images_in_folders_of_its_own(tmp_path):
-    source = load(folder_of_classes(tmp_path, {"apple": 20, "pear": 20, "pear/crops": 5}), test_split=None, folds=None)
-    assert (source.class_names, len(source.train)) == (["apple", "crops", "pear"], 45)
+@pytest.mark.parametrize(
+    "odd, options",
+    [
+        ("pear/crops", {"test_split": None}),
+        (".", {"test_split": None}),
+        ("train/pear/a/b", {}),
+        ("train", {}),
+        ("test/pear/images", {}),
+    ],
+)
+def test_an_image_that_is_not_in_a_class_folder_is_told(tmp_path, odd, options):
+    """`datasets` would make its own folder a class, or mix the classes of folders of one name."""
+    splits = ("",) if options else ("train/", "test/")
+    folder_of_classes(tmp_path, {f"{split}{name}": 20 for split in splits for name in ("apple", "pear")})
+    (tmp_path / odd).mkdir(parents=True, exist_ok=True)
+    next(iter(noise(1))).save(tmp_path / odd / "odd.png")
+    with pytest.raises(
+        UserError, match=f"{tmp_path / odd / 'odd.png'} is not directly in a class's folder, as .*/apple"
+    ):
+        load(tmp_path, **options)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_folders_may_be_links(tmp_path, streaming):
+    """As in a subset that is made without copying."""
+    real = folder_of_classes(tmp_path / "real", {"a": 20, "b": 20, "c": 20})
+    for split in ("train", "test"):
+        (tmp_path / "few" / split).mkdir(parents=True)
+        for name in ("a", "b"):
+            (tmp_path / "few" / split / f"my {name}").symlink_to(real / name)
+    source = load(tmp_path / "few", folds=None, streaming=streaming, batch_size=8)
+    assert source.class_names == ["my a", "my b"]
+    assert len([*source.train]) == len([*source.test]) == 40
 
 
 def test_splits_with_a_table_of_labels(tmp_path):
@@ -192,11 +222,14 @@ def test_parquet_made_elsewhere_with_plain_bytes_and_whole_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint64", "int8", "int32"])
-def test_labels_of_any_whole_number_type(tmp_path, dtype):
+def test_labels_of_any_whole_number_type(tmp_path, dtype, monkeypatch):
+    """And nothing is mapped, which would write all images to disk again."""
+    monkeypatch.setattr(datasets.Dataset, "map", lambda *_, **__: pytest.fail("it is mapped"))
     features = Features(image=Image(), label=Value(dtype))
     folder = parquet_of(tmp_path, [encode(image) for image in noise(40)], features=features)
     source = load(folder, label="label")
     assert source.class_names == ["0", "1"]
+    assert set(source.test["label"]) == {0, 1} and source.test.features["label"].names == ["0", "1"]
 
 
 def test_a_test_file_alone_may_have_few_rows_of_many_numbered_classes(tmp_path):

@@ -169,7 +169,9 @@ def test_batch_norm_of_one_value_is_told(tmp_path):
 def test_the_micro_batch_is_halved_until_it_fits_and_recorded(command, tmp_path):
     result = train_narrowly(command, tmp_path, "run", 900, "--data.micro_batch_size", "auto")
     assert result.returncode == 0, result.stderr
-    settled = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    settled = config["data"]
+    assert (config["environment"]["processes"], settled["streaming"]) == (1, False)
     assert settled["batch_size"] == 256, "the global batch is kept"
     assert settled["micro_batch_size"] in (8, 16, 32, 64, 128)
     assert json.loads((tmp_path / "run" / "history.jsonl").read_text())["step"] == 1, "of 256 images"

@@ -3,10 +3,12 @@
 import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 from itertools import chain, cycle, islice, repeat
 
 import datasets
@@ -223,6 +225,17 @@ def test_a_hub_that_accepts_but_never_answers_is_given_up_soon(monkeypatch):
             hub.check(parse([])[0])
         assert hub.offline()
         os.environ.pop("HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize("reason, there", [(ssl.SSLCertVerificationError(1, "unknown CA"), True), ("refused", False)])
+def test_a_certificate_that_only_we_do_not_know_is_an_answer(monkeypatch, reason, there):
+    """The libraries look for authorities in more places."""
+
+    def urlopen(*_, **__):
+        raise urllib.error.URLError(reason)
+
+    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
+    assert hub._answers() == there
 
 
 def test_the_hub_is_not_asked_when_nothing_is_wanted_from_it(monkeypatch, server):

@@ -86,6 +86,17 @@ def test_a_parent_that_is_gone_counts_if_it_was_a_launcher(monkeypatch, variable
             interrupt.check()
 
 
+def test_a_signal_counts_even_if_nobody_reads_what_is_said_of_it(monkeypatch):
+    """`2>&1 | tee log` dies of the same Ctrl-C."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as unread, Interrupt(Accelerator(cpu=True), "go on") as interrupt:
+        monkeypatch.setattr("interrupt.sys.__stderr__", unread)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="stopped by SIGINT"):
+            interrupt.check()
+
+
 def test_several_processes_stop_at_the_same_step(long_run):
     process, run = long_run(TORCHRUN, TWO_PROCESSES)
     process.send_signal(signal.SIGTERM)

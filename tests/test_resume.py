@@ -6,9 +6,10 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT, forget_accelerate, phase
-from test_train import untimed
+from test_train import history, untimed
 
 import checkpoint
 import train
@@ -70,12 +71,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
     config = make_config(PHASES, data={"streaming": streaming, "workers": workers} | keep)
     whole = train.train(dataclasses.replace(config, run_name="whole"))
     forget_accelerate()
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         stop_at(patch, number, **place)
         with pytest.raises(Interrupted, match=f"stopped by {number.name}; go on with: .* --resume .*/run") as caught:
             train.train(config)
     assert caught.value.exit_code == 128 + number
-    assert signal.getsignal(number) != train.Interrupt._note, "the handlers are what they were"
+    assert signal.getsignal(number) is before, "the handlers are what they were"
     run = whole.with_name("run")
     rows = len(untimed(run)) if (run / "history.jsonl").exists() else 0
     epochs, steps = checkpoint._folders(run)[-1].name.split("-")
@@ -85,6 +87,29 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
     forget_accelerate()
     train.train(config, resume=run)
     assert_same(run, whole)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_worker_is_left_when_a_stopped_run_is_saved(make_config, monkeypatch, streaming):
+    """A signal to the group ends them after a while; torch would raise that in the middle of the save."""
+    left, real = [], checkpoint.Checkpoints.save
+
+    def save(self, state, metrics):
+        left.append(len(psutil.Process().children()))
+        real(self, state, metrics)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
+    stop_at(monkeypatch, signal.SIGTERM, step=3)
+    with pytest.raises(Interrupted):
+        train.train(make_config(PHASES, data={"streaming": streaming, "workers": 1, "keep_mb": 0}))
+    assert left == [0]
+
+
+def test_the_rate_of_the_rest_of_an_epoch_is_not_told(make_config, monkeypatch, capsys):
+    _, run = whole_and_resumed(make_config({"all": phase(epochs=2)}), monkeypatch, step=STEPS + 5)
+    rates = [row["images_per_second"] for row in history(run)]
+    assert rates[0] > 0 and rates[1] is None
+    assert " s, - images/s" in capsys.readouterr().out
 
 
 DRAWING = {"policy": "augmix", "mix": "cutmix", "distort": True}

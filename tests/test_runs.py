@@ -22,16 +22,18 @@ THREE = {"head": phase(modules="head", epochs=2), "middle": phase(epochs=2), "la
 @pytest.fixture
 def made(make_config):
     """A run folder with its configuration, as a run of these three phases leaves it."""
-    config = make_config(THREE)
-    with runs.opened(Accelerator(cpu=True), config, None) as run:
+    accelerator = Accelerator(cpu=True)
+    config = runs.settled(accelerator, make_config(THREE))
+    with runs.opened(accelerator, config, None) as run:
         (run / "history.jsonl").write_text("{}\n")
     return run
 
 
 def test_the_folder_has_its_configuration_and_is_removed_if_nothing_came_of_it(make_config, tmp_path):
-    config = make_config()
+    config = runs.settled(Accelerator(cpu=True), make_config())
     with runs.opened(Accelerator(cpu=True), config, None) as run:
-        assert yaml.safe_load((run / "config.yaml").read_text())["environment"]["processes"] == 1
+        saved = yaml.safe_load((run / "config.yaml").read_text())
+        assert (saved["environment"]["processes"], saved["data"]["streaming"]) == (1, False)
     assert run.is_dir()
     config = dataclasses.replace(config, output_dir=str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match="nothing came"), runs.opened(Accelerator(cpu=True), config, None):
@@ -156,6 +158,18 @@ def test_the_same_recipe_given_again_is_no_change(made, make_config, tmp_path, c
     assert settled.data.micro_batch_size is None
 
 
+def test_a_patched_run_is_not_gone_on_with_unpatched_and_keeps_its_name(made, make_config, tmp_path):
+    saved = yaml.safe_load((made / "config.yaml").read_text())
+    (made / "config.yaml").write_text(yaml.safe_dump(saved | {"recipe": "mine..ema"}, sort_keys=False))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_config(THREE).to_yaml())
+    config, _ = parse(["--config", str(recipe), "--resume", str(made)])
+    with pytest.raises(UserError, match=r"was started with benchmarks/patches.py ema --, and can't .* train.py"):
+        runs.check_changes(Accelerator(cpu=True), config, made, 2)
+    patched = dataclasses.replace(config, recipe="other..ema")
+    assert runs.check_changes(Accelerator(cpu=True), patched, made, 2).recipe == "mine..ema"
+
+
 def test_phases_may_be_added_and_dropped_but_not_those_that_have_begun(made, make_config, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_config({"head": THREE["head"], "other": phase(epochs=5)}).to_yaml())
@@ -200,6 +214,9 @@ def test_resume_finds_the_named_run_and_the_recipes_newest(tmp_path, monkeypatch
     assert parse([*recipe, "--resume"])[1] == tmp_path / "new"
     (tmp_path / "old" / "checkpoints" / "00001-000000009").mkdir(parents=True)
     assert parse([*recipe, "--resume"])[1] == tmp_path / "old", "the other was stopped before its first step"
+    (tmp_path / "old" / "summary.json").write_text("{}")
+    assert parse([*recipe, "--resume"])[1] == tmp_path / "new", "the other is finished"
+    (tmp_path / "old" / "summary.json").unlink()
     assert parse([*recipe, "--run_name", "old", "--resume"])[1] == tmp_path / "old"
     config, run = parse(
         ["--resume", "--run_name", "other", "--output_dir", str(tmp_path), "--phases.train.epochs", "3"]

@@ -134,7 +134,7 @@ def test_the_card_says_how_training_images_were_augmented(ended, augmentation, s
 
 def test_a_patched_run_says_so(ended):
     rows = rows_of(card_text(ended(recipe="resnet50..ema.unaugmented")))
-    assert rows["Patches &#40;benchmarks/patches&#46;py&#41;, which the rest does not tell of"] == ["ema, unaugmented"]
+    assert rows["Patches (benchmarks/patches&#46;py), which the rest does not tell of"] == ["ema, unaugmented"]
 
 
 def test_figures_that_are_not_there_are_left_out(ended):

@@ -166,6 +166,13 @@ def test_the_normalisation_of_a_run_is_its_weights_and_is_handed_on(make_config)
     assert handed_on["std"] == cfg["std"]
 
 
+def test_a_micro_batch_that_is_tried_out_leaves_the_rest_of_the_configuration_as_recorded(make_config):
+    run = train.train(make_config({"only": phase()}, data={"micro_batch_size": "auto"}))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["environment"]["mixed_precision"] == "no"
+    assert (saved["data"]["micro_batch_size"], saved["data"]["streaming"]) == (32, False)
+
+
 def test_the_same_seed_gives_the_same_run_and_another_one_does_not(make_config):
     runs = [train.train(make_config(run_name=name, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert untimed(runs[0]) == untimed(runs[1])
