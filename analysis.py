@@ -6,6 +6,7 @@ import numpy as np
 
 BINS = 15  # of confidence, as in Guo et al. (2017), "On Calibration of Modern Neural Networks"
 PAIRS = 20  # of confused classes to report
+MOST = 1000  # classes of a confusion matrix: larger ones are hundreds of MB as text, and no figure shows them
 
 
 def analyse(
@@ -24,9 +25,9 @@ def analyse(
 
     Returns:
         `ece` (expected calibration error: the mean gap between a bin's accuracy and confidence, weighted by its rows),
-        `reliability` (its bins), `confusion` (rows are true classes, columns predicted ones), `per_class`, `confused`
-        (pairs, most frequent first) and `superclasses` (or None). Accuracies are fractions; None where there are no
-        rows.
+        `reliability` (its bins), `confusion` (rows are true classes, columns predicted ones; empty beyond `MOST`
+        classes), `per_class`, `confused` (pairs, most frequent first) and `superclasses` (or None). Accuracies are
+        fractions; None where there are no rows.
     """
     hits = labels == predicted
     confusion = np.zeros((len(class_names), len(class_names)), dtype=int)
@@ -37,7 +38,7 @@ def analyse(
         "ece": sum(gaps) / len(labels),
         "reliability": bins,
         "class_names": list(class_names),
-        "confusion": confusion.tolist(),
+        "confusion": confusion.tolist() if len(class_names) <= MOST else [],
         "per_class": [
             {"name": name, "rows": int(row.sum()), "top1": _share(row[index], row.sum())}
             for index, (name, row) in enumerate(zip(class_names, confusion, strict=True))

@@ -81,8 +81,9 @@ class AugMix(Normalize):
     """A padded crop and a flip as in the report, then AugMix (Hendrycks et al., 2020), then `Normalize`.
 
     Each image is blended with a mixture of three chains, each of one to three operations on it: shapes and colours
-    vary, and the image stays recognisable. Operations and strengths are the authors' for CIFAR; their consistency loss,
-    which takes each image three times, is left out. Resampling is to the nearest pixel; shears are about the centre.
+    vary, and the image stays recognisable. Operations and strengths are the authors' for CIFAR, but translations round
+    to whole pixels where theirs truncate; their consistency loss, which takes each image three times, is left out.
+    Resampling is to the nearest pixel; shears are about the centre.
 
     No operation is among the corruptions that robustness is judged by (corruptions.py); brightness and contrast, which
     the report's jitter changes, are.

@@ -92,6 +92,7 @@ class DataConfig(_Section):
         description="a dataset id on the hub; a folder or glob of .parquet; a folder of images, one subfolder a class "
         "(or train/CLASS/..., test/CLASS/...); or 'embedded': small images drawn by code",
     )
+    subset: str | None = Field(None, min_length=1, description="which subset of a hub dataset, if it has several")
     streaming: bool | None = Field(
         None,
         description="true: the main process reads rows as they arrive and hands out batches; false: download first, "

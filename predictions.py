@@ -30,11 +30,14 @@ def predictions_csv(
     Columns: the row's id, the most likely class as index and name, its probability, and the indices of the five most
     likely. Rows whose image could not be decoded are left out.
     """
+    # Python before 3.13 does not quote a bare carriage return, which would begin a new row for whoever reads the file.
+    names = [name.replace("\r", " ") for name in class_names]
     with whole_csv(accelerator, path, COLUMNS) as write_rows:
 
         def write(ids: list[str], batch: Predicted) -> None:
+            ids = [row.replace("\r", " ") for row in ids]
             write_rows(
-                (row, classes[0], class_names[classes[0]], f"{probabilities[0]:.6f}", " ".join(map(str, classes)))
+                (row, classes[0], names[classes[0]], f"{probabilities[0]:.6f}", " ".join(map(str, classes)))
                 for row, label, classes, probabilities in zip(
                     ids, batch.labels.tolist(), batch.classes.tolist(), batch.probabilities.tolist(), strict=True
                 )

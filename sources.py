@@ -28,6 +28,8 @@ def open_splits(config: DataConfig) -> Mapping:
         UserError: the source can't be loaded.
     """
     kind, streams = config.kind, config.streams
+    if config.subset and kind != "hub":
+        raise UserError(f"data.subset: only datasets on the hub have subsets, and {config.source} is not there", USAGE)
     try:
         if kind == "embedded":
             return embedded_splits(config.embedded_rows, streams)
@@ -41,8 +43,9 @@ def open_splits(config: DataConfig) -> Mapping:
             splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
             return dict.fromkeys(others) | splits
         if streams and hub.data_offline():  # streams are not cached: stream an earlier download instead
-            return {name: split.to_iterable_dataset() for name, split in datasets.load_dataset(config.source).items()}
-        return datasets.load_dataset(config.source, streaming=streams)
+            kept = datasets.load_dataset(config.source, config.subset)
+            return {name: split.to_iterable_dataset() for name, split in kept.items()}
+        return datasets.load_dataset(config.source, config.subset, streaming=streams)
     except UserError:
         raise
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
@@ -51,6 +54,8 @@ def open_splits(config: DataConfig) -> Mapping:
         if kind == "parquet":
             _check_pages(config.source)
         reason = first_line(error.__cause__ or error)
+        if "Config name is missing" in reason:  # the next line lists them
+            reason = f"it has several subsets. {' '.join(str(error).splitlines()[1:2])}: --data.subset"
         if kind == "folder" and (
             "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError)
         ):
@@ -130,9 +135,7 @@ def _patterns(split: Path) -> list[str]:
     for path in itertools.chain(split.iterdir(), deeper):
         if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file():
             raise UserError(f"data.source: {path} is not directly in a class's folder, as {classes[0]}/*; move it")
-    return [
-        f"{glob.escape(str(each))}/*" for each in classes
-    ]  # links to folders are followed only where they are named
+    return [f"{glob.escape(str(each))}/*" for each in classes]  # each is named, as links are followed only there
 
 
 def _parquet_files(source: str) -> dict[str, list[str]]:

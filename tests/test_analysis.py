@@ -20,6 +20,13 @@ def predictions():
     return (labels.numpy(), predicted.numpy(), confidence.numpy()), probabilities
 
 
+def test_of_very_many_classes_there_is_no_matrix():
+    labels = np.array([5, 1000, 1000])
+    found = analyse(labels, np.array([5, 1000, 7]), np.full(3, 0.5), [str(i) for i in range(1001)], None)
+    assert found["confusion"] == [] and found["per_class"][1000]["top1"] == 0.5
+    assert [(it["true"], it["predicted"]) for it in found["confused"]] == [("1000", "7")]
+
+
 def test_calibration_and_confusion_are_the_librarys(predictions):
     rows, probabilities = predictions
     found, labels = analyse(*rows, NAMES, None), torch.from_numpy(rows[0])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -246,6 +247,29 @@ def test_the_hub_is_not_asked_when_nothing_is_wanted_from_it(monkeypatch, server
     hub.check(parse([])[0])
     assert server.requests[before:] == [("HEAD", "/")]
     assert not hub.offline()
+
+
+@pytest.mark.parametrize(
+    "subset, said",
+    [
+        (
+            (),
+            "it has several subsets. Please pick one among the available configs: ['cifar100', 'part']: --data.subset",
+        ),
+        pytest.param(("--data.subset", "part"), "has no split 'train'", marks=pytest.mark.slow),
+        pytest.param(("--data.subset", "other"), "other", marks=pytest.mark.slow),
+    ],
+)
+def test_of_a_dataset_with_subsets_one_must_be_chosen(server, command, tmp_path, subset, said):
+    """The second one has a test split alone, by which it is known."""
+    folder = shutil.copytree(server.repositories["datasets/uoft-cs/cifar100"], tmp_path / "dataset")
+    part = "- config_name: part\n  data_files:\n  - split: test\n    path: cifar100/test-*\n---\n"
+    (folder / "README.md").write_text(README.removesuffix("  default: true\n---\n") + part)
+    with HubServer({"datasets/several/subsets": folder, **server.repositories}) as hub_server:
+        options = ("--data.source", "several/subsets", *subset)
+        result = train(command, hub_server.url, tmp_path / "home", tmp_path / "runs", *options)
+    assert result.returncode and "Traceback" not in result.stderr
+    assert said in result.stderr.splitlines()[-1]
 
 
 def test_a_dataset_that_the_hub_lacks_is_named(server, command, tmp_path):

@@ -339,6 +339,9 @@ def test_names_that_are_no_proper_text(run, pictures):
     os.rename(pictures / "00.png", os.fsencode(pictures) + b"/\xff.png")
     judge(run, "--images", pictures)
     assert table(run / "predictions" / "images-pictures.csv")[-1]["id"] == "\\udcff.png"
+    (pictures / "cr\r9,5.png").write_bytes(next(pictures.glob("*.png")).read_bytes())
+    judge(run, "--images", pictures)
+    assert "cr 9,5.png" in [row["id"] for row in table(run / "predictions" / "images-pictures.csv")]
 
 
 # ---- distorted images -----------------------------------------------------------------------------------------------
