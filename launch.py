@@ -178,6 +178,16 @@ def hint_at_bf16(accelerator: Accelerator) -> None:
         )
 
 
+def hint_at_launch(accelerator: Accelerator, recorded: Environment | None) -> None:
+    """Say so if a run's config.yaml is trained again, but launched differently."""
+    if recorded is None:
+        return
+    names = ("processes", "mixed_precision", "device_type")
+    if [getattr(recorded, name) for name in names] != [getattr(environment(accelerator), name) for name in names]:
+        started = command(recorded.processes, recorded.mixed_precision, recorded.device_type)
+        accelerator.print(f"hint: the run that this configuration comes from was started with {started}")
+
+
 def suited(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The model in the form the device trains fastest, on channels_last images.
 

@@ -51,9 +51,7 @@ class Tracking:
         self.images_per_second: float | None = None  # training speed, newest epoch
         self.batch_size = config.data.batch_size
         self.phases = {name: phase.epochs for name, phase in config.phases.items()}
-        self.tracker_works = config.tracking == "wandb"
-        if self.tracker_works:
-            _start_wandb(accelerator, config, run, state.tracker_id)
+        self.tracker_works = config.tracking == "wandb" and _start_wandb(accelerator, config, run, state.tracker_id)
 
     def __enter__(self):
         return self
@@ -201,8 +199,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id: str) -> None:
-    """Start W&B online if there is a key and it answers, otherwise offline, with a line that says how to sync."""
+def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id: str) -> bool:
+    """Start W&B online if there is a key and it answers, otherwise offline, with a line that says how to sync.
+
+    Returns:
+        Whether it works.
+    """
     import wandb
 
     settings = wandb.Settings(
@@ -223,11 +225,19 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
         go_offline("there is no API key")
     try:
         start()
+        return True
     except Exception as error:  # CommError, UsageError, AuthenticationError and others
         go_offline(f"it can't be reached ({first_line(error)})")
-        accelerator.trackers.clear()  # the half-started one would raise again when closed
-        wandb.teardown()
+    accelerator.trackers.clear()  # the half-started one would raise again when closed
+    wandb.teardown()
+    try:
         start()
+        return True
+    except Exception as error:  # its service can't be started at all
+        accelerator.trackers.clear()
+        if accelerator.is_main_process:
+            print(f"W&B can't be started ({first_line(error)}): training goes on without it", file=sys.stderr)
+        return False
 
 
 def _has_key() -> bool:

@@ -64,6 +64,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
     if config.push_to_hub:
         on_main(lambda: sharing.check(config.push_to_hub))
     if not resume:
+        launch.hint_at_launch(accelerator, config.environment)
         config = runs.settled(accelerator, config)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))

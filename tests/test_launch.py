@@ -190,6 +190,16 @@ def test_bf16_without_instructions_for_it_is_warned_of(make_config, monkeypatch,
     assert out.startswith(said) and bool(out) == bool(said)
 
 
+def test_a_configuration_that_was_trained_otherwise_says_so(capsys):
+    accelerator = Accelerator(cpu=True)
+    launch.hint_at_launch(accelerator, None)
+    same = launch.environment(accelerator)
+    launch.hint_at_launch(accelerator, same)
+    assert capsys.readouterr().out == ""
+    launch.hint_at_launch(accelerator, dataclasses.replace(same, mixed_precision="bf16", device_type="cuda"))
+    assert capsys.readouterr().out.endswith("was started with accelerate launch --mixed_precision bf16 train.py\n")
+
+
 def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     launch.hint_at_bf16(launch.make_accelerator(make_config()))

@@ -222,6 +222,17 @@ def test_wandb_that_can_not_be_reached_goes_offline_too(start, tmp_path, no_acco
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_wandb_that_can_not_be_started_at_all_stops_nothing(start, no_account, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("no service")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", fails)
+    with start(tracking="wandb") as track:
+        assert not track.tracker_works
+        track.finish({"epochs": 1})
+    assert "W&B can't be started (no service): training goes on without it" in capsys.readouterr().err
+
+
 def test_a_resumed_run_goes_on_under_the_same_id_in_wandb(start, tmp_path, no_account):
     state = RunState()
     for epoch in (1, 2):
