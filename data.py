@@ -79,7 +79,7 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
         return Data(None, None, test, image, label, class_labels, classes, size)
     on_side = partial(held_out, folds=config.folds, fold=config.fold)
     if isinstance(train, IterableDataset):
-        stream = streaming.TrainingStream(train, image, on_side, config, seed)
+        stream = streaming.TrainingStream(train, image, label, len(classes), on_side, config, seed)
         size = _size(stream.shuffled, image, config, config.train_split)
         validation = stream.validation if config.folds else None
         return Data(stream.training, validation, test, image, label, class_labels, classes, size)

@@ -24,6 +24,7 @@ MB = 2**20  # bytes
 CHUNK = 64  # rows read at once
 AHEAD = 8  # chunks read in advance
 CONNECTIONS = 16  # files fetched at once, if each image is its own file
+FIRST = 1000  # training rows whose classes are counted, to see whether rows are sorted by class
 
 
 class Stream(Sampler):
@@ -84,19 +85,28 @@ class TrainingStream:
     """A training split whose training rows and validation rows are both read in one pass.
 
     Args:
+        label: the label column.
+        classes: how many there are.
         held_out: whether an image's bytes make its row a validation row.
         config: sets the shuffle buffer and how much is kept in memory.
         seed: seeds the order.
     """
 
     def __init__(
-        self, rows: IterableDataset, image: str, held_out: Callable[[bytes], bool], config: DataConfig, seed: int
+        self,
+        rows: IterableDataset,
+        image: str,
+        label: str,
+        classes: int,
+        held_out: Callable[[bytes], bool],
+        config: DataConfig,
+        seed: int,
     ):
         # Mixing several shards takes threads, which cost 5 seconds an epoch to stop; one shard needs none.
         mixed = min(10, rows.num_shards)
         shuffled = rows.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
         self.in_order, self.shuffled = (Stream(each, image, config.source) for each in (rows, shuffled))
-        self.image, self.held_out, self.seed = image, held_out, seed
+        self.image, self.label, self.classes, self.held_out, self.seed = image, label, classes, held_out, seed
         self.keep_mb, self.batch_size = config.keep_mb, config.batch_size
         self.kept: dict[bool, list[dict]] = {}  # training rows under False, validation rows under True
         self.whole = self.too_large = False  # all rows are kept; they are too large to keep
@@ -135,7 +145,7 @@ class TrainingStream:
 
     def _first_pass(self) -> Iterator[dict]:
         """The first epoch's training rows. At the end either all rows are kept or none."""
-        limit, size, self.kept = self.keep_mb * MB, 0, {False: [], True: []}
+        limit, size, self.kept, labels = self.keep_mb * MB, 0, {False: [], True: []}, []
         for row in self.shuffled:
             held_out, size = self._is_held_out(row), size + len(row[self.image]["bytes"])
             if not self.too_large:
@@ -145,6 +155,9 @@ class TrainingStream:
                     larger = f"larger than data.keep_mb {self.keep_mb}" if self.keep_mb else "not kept (data.keep_mb 0)"
                     tqdm.write(f"stream: {larger}, so each epoch reads it again")
             if not held_out:
+                if len(labels) < FIRST:
+                    labels.append(row[self.label])
+                    self._warn_if_sorted(labels)
                 yield row
         if not self.too_large:
             decoded, self.whole = self._decode(limit - size), True
@@ -171,6 +184,16 @@ class TrainingStream:
             row[self.image] = pixels
             decoded += 1
         return decoded
+
+    def _warn_if_sorted(self, labels: list[int]) -> None:
+        """After the first rows: say so if they have less than a quarter of the classes that a random draw would."""
+        found, drawn = len(set(labels)), self.classes * (1 - (1 - 1 / self.classes) ** FIRST)
+        if len(labels) == FIRST and found < drawn / 4:
+            tqdm.write(
+                f"warning: the stream's first {FIRST:,} training rows are of {found} of {self.classes} classes: its "
+                "files seem to be sorted by class, and it is shuffled only within data.shuffle_buffer rows until it is "
+                "kept in memory. --data.streaming false shuffles fully"
+            )
 
     def _check(self, rows: int, validation: bool) -> None:
         if validation and rows < _processes():

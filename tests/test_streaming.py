@@ -31,7 +31,9 @@ def stream_of(rows=2000, shards=1, seed=0, folds=5, **values):
     parts = [range(rows)[shard::shards] for shard in range(shards)]
     dataset = datasets.IterableDataset.from_generator(count, gen_kwargs={"shards": parts})
     config = DataConfig(source="x", **({"shuffle_buffer": 50} | values))
-    return streaming.TrainingStream(dataset, "image", partial(data.held_out, folds=folds, fold=0), config, seed)
+    return streaming.TrainingStream(
+        dataset, "image", "label", 10, partial(data.held_out, folds=folds, fold=0), config, seed
+    )
 
 
 def numbers(part, epoch=0) -> list[int]:
@@ -50,6 +52,19 @@ def test_every_row_comes_once_an_epoch_on_its_side(shards, keep_mb):
         assert sorted(orders[-1]) == sorted(set(range(2000)) - set(held_out))
         assert sorted(numbers(stream.validation, epoch)) == held_out
     assert len(set(map(tuple, orders))) == 3, "another order in each epoch"
+
+
+@pytest.mark.parametrize(
+    "shuffle_buffer, label, said",
+    [(50, lambda n: n // 1000, True), (20_000, lambda n: n // 1000, False), (50, lambda n: n % 20, False)],
+)
+def test_rows_that_are_sorted_by_class_are_told(capsys, shuffle_buffer, label, said):
+    stream = stream_of(20_000, shuffle_buffer=shuffle_buffer)
+    stream.classes = 20
+    stream.shuffled.rows = stream.shuffled.rows.map(lambda row: row | {"label": label(int(row["image"]["bytes"]))})
+    for epoch in range(2):
+        numbers(stream.training, epoch)
+    assert capsys.readouterr().out.count("training rows are of 2 of 20 classes: its files seem to be sorted") == said
 
 
 def test_what_was_read_once_is_kept_and_shuffled_fully():
@@ -95,7 +110,7 @@ def test_what_is_kept_is_decoded_as_far_as_it_fits(monkeypatch, capsys):
         )
         monkeypatch.setattr(streaming, "MB", 1)  # keep_mb in bytes
         config = DataConfig(source="x", keep_mb=sizes + room, **folds)
-        stream = streaming.TrainingStream(rows, "image", held_out, config, seed=0)
+        stream = streaming.TrainingStream(rows, "image", "label", 10, held_out, config, seed=0)
         first = [row["image"]["bytes"] for row in stream.training]
         stream.training.set_epoch(1)
         later = [row["image"] for row in stream.training]
@@ -121,7 +136,9 @@ def test_what_the_dataset_says_of_its_rows_is_about_an_epochs_length():
     for folds, number, expected in ((5, 2000, 1600), (None, 2000, 2000), (5, 0, None)):
         said.num_examples = number
         config = DataConfig(source="x", folds=folds)
-        stream = streaming.TrainingStream(rows, "image", partial(data.held_out, folds=folds, fold=0), config, 0)
+        stream = streaming.TrainingStream(
+            rows, "image", "label", 10, partial(data.held_out, folds=folds, fold=0), config, 0
+        )
         assert stream.expected == expected
         if folds and expected:
             assert len(numbers(stream.training)) == pytest.approx(expected, rel=0.05)
