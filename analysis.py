@@ -6,7 +6,7 @@ import numpy as np
 
 BINS = 15  # of confidence, as in Guo et al. (2017), "On Calibration of Modern Neural Networks"
 PAIRS = 20  # of confused classes to report
-MOST = 1000  # classes of a confusion matrix: larger ones are hundreds of MB as text, and no figure shows them
+MOST = 1000  # classes of a confusion matrix; as text a larger one takes many MB, and as a figure it is a blur
 
 
 def analyse(

@@ -56,7 +56,7 @@ def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config,
 
 
 def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
-    """The run folder that --resume means: its own value, --run_name's, or the newest run of the recipe."""
+    """The run folder that --resume means: its own value, --run_name's, or the recipe's newest that has not ended."""
     if chosen.resume and chosen.run_name:
         raise UserError("--resume: give a run folder or --run_name, not both", USAGE)
     tree = read_yaml(recipe)
@@ -143,7 +143,8 @@ def _parser(tree: dict, path: Path) -> Parser:
         "--resume",
         nargs="?",
         metavar="RUN",
-        help="go on from a run folder's newest checkpoint (default: the folder of --run_name, or this recipe's newest)",
+        help="go on from a run folder's newest checkpoint (default: the folder of --run_name, or this recipe's newest "
+        "that has not ended)",
     )
     for name, cls in {"run": Config, **SECTIONS}.items():
         values = tree if name == "run" else tree.get(name)

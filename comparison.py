@@ -58,7 +58,9 @@ def robustness(run: Run) -> Predictions | None:
     several, own corruptions before CIFAR-100-C.
     """
     found = [it for it in run.predictions if it.kind != "split" and it.mean15 is not None]
-    return min(found, key=lambda it: (not it.own, run.is_outdated(it), it.rank[1:3], it.rank), default=None)
+    return min(
+        found, key=lambda it: (not it.own, run.is_outdated(it), it.rank[1:3], -it.version, it.rank), default=None
+    )
 
 
 def conditions(run: Run, found: Predictions) -> str:
@@ -108,7 +110,7 @@ def legend(runs: list[Run]) -> list[str]:
     lines = [
         "Best epoch: the highest validation top-1. Training and validation figures are of that epoch, test figures of "
         "its weights. Training figures are of images as they were trained on: augmented, and mixed where augment.mix "
-        "says so. Loss in nats; images/s: training, over the whole run."
+        "says so. Loss in nats; images/s: training, over epochs without a break."
     ]
     if not all(run.validates for run in runs):
         lines.append(
@@ -123,7 +125,7 @@ def legend(runs: list[Run]) -> list[str]:
     if origins:
         lines.append("Robustness mean: top-1 over 15 corruptions and 5 severities.")
     if len(origins) > 1:
-        lines.append(f"{' and '.join(sorted(origins))} are different images: do not compare one with the other.")
+        lines.append(f"Different images, so do not compare their robustness: {', '.join(sorted(origins))}.")
     return lines
 
 

@@ -163,6 +163,11 @@ class DataConfig(_Section):
         return self
 
     @property
+    def named(self) -> str:
+        """The source as messages name it: with its subset, if one is chosen."""
+        return f"{self.source}, subset {self.subset}" if self.subset else self.source
+
+    @property
     def kind(self) -> Literal["embedded", "parquet", "folder", "hub"]:
         """What `source` is, judged by its form and by the disk, without reading any data.
 

@@ -1,10 +1,11 @@
 """Common image corruptions: 19 kinds in 5 severities, made from an image on the fly.
 
 After Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations" (ICLR
-2019, arXiv:1903.12261), with the settings for images of CIFAR's size. Written from the definitions, not from the
-authors' code, and with different random draws: scores on these images are NOT comparable with figures on the published
-files (CIFAR-10-C, CIFAR-100-C). Each docstring says where its corruption departs from the published recipe; all of them
-round to 8 bits where that truncates, and draw only from the generator they are given.
+2019, arXiv:1903.12261), with the settings for images of CIFAR's size. Written from the definitions (glass blur
+from what the authors' code does, which differs), and with different random draws: scores on these images are NOT
+comparable with figures on the published files (CIFAR-10-C, CIFAR-100-C). Each docstring says where its corruption
+departs from the published recipe; all of them round to 8 bits where that truncates, and draw only from the generator
+they are given.
 
 Inside, images are float32 (H, W, 3) in [0, 1]; `corrupt` clips the results. Lengths are in pixels and do not grow with
 the image, unless a docstring says so. Blurs pad the image by repeating its edge pixels.
@@ -26,7 +27,7 @@ ICE = np.array([0.82, 0.91, 1.0], dtype=np.float32)
 RED = np.array([0, 1, 1], dtype=np.float32)  # its distance from white, by channel
 
 # Raised whenever a corruption's law changes: figures of different versions are not comparable.
-# 2: glass_blur and elastic_transform as published.
+# 2: glass_blur is what the authors' code does, and elastic_transform's anchors are whole pixels.
 VERSION = 2
 
 _CORRUPTIONS: dict[str, tuple[Callable, tuple[tuple, ...]]] = {}

@@ -194,7 +194,7 @@ def describe(data: Data, config: DataConfig) -> str:
     validates = f"fold {config.fold} of {config.folds} is validation" if config.folds else "no validation"
     height, width = data.size
     return (
-        f"{config.source}, {rows} ({validates}), {width}x{height} pixels, "
+        f"{config.named}, {rows} ({validates}), {width}x{height} pixels, "
         f"{len(data.class_names)} classes of column '{data.label}'"
     )
 

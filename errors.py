@@ -54,8 +54,10 @@ def reported():
         if rank == 0 or not error.shared:
             # An error from a loader's worker arrives as a traceback's text, with the original message at its end.
             text = str(error).rpartition("UserError: ")[2].strip()
-            with contextlib.suppress(BrokenPipeError):  # its reader has gone; the exit code says enough
+            try:
                 print(f"[rank {rank}] " * (rank > 0) + error.prefix + text, file=sys.stderr, flush=True)
+            except BrokenPipeError:  # as `2>&1 | tee` ends with the same Ctrl-C: the exit code has to say enough
+                _write_nowhere(sys.stdout, sys.stderr)
         # Loaders that the traceback holds would keep their workers alive until the interpreter exits.
         traceback.clear_frames(error.__traceback__)
         sys.exit(error.exit_code)
@@ -64,9 +66,14 @@ def reported():
     except BrokenPipeError:
         if not _output_is_unread():  # another pipe broke
             raise
-        # Flushing the rest when the interpreter exits would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_nowhere(sys.stdout)
         sys.exit(141)
+
+
+def _write_nowhere(*streams) -> None:
+    """Drop what is left to be written: flushing it when the interpreter exits would fail again, with another code."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _unless_interrupted(kind, error, trace) -> None:

@@ -162,8 +162,8 @@ def _answers() -> bool:
         except urllib.error.HTTPError:
             pass
         except urllib.error.URLError as error:
-            if not isinstance(error.reason, ssl.SSLError):  # the libraries know certificates that urllib may not
-                return
+            if not isinstance(error.reason, ssl.SSLCertVerificationError):
+                return  # but the libraries know authorities that urllib may not
         except (OSError, ValueError, http.client.HTTPException):
             return
         answered.set()

@@ -17,6 +17,7 @@ from errors import Interrupted
 from processes import max_over_processes
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+CHILD = getattr(signal, "SIGCHLD", None)
 AGREE_EVERY = 20  # with several processes, steps between checks whether any got a signal
 DOUBLED = 2  # seconds within which a second Ctrl-C is taken for the launcher's copy of the first
 
@@ -62,6 +63,8 @@ class Interrupt:
             return
         number = max_over_processes(self.accelerator, self.number)
         if number:
+            if CHILD:  # torch would raise the death of a loader's worker, which had the signal, too, in mid-save
+                self.before[CHILD] = signal.signal(CHILD, signal.SIG_DFL)
             raise Interrupted(f"stopped by {signal.Signals(number).name}; {self.resume_hint}", number)
 
     def watch(self, batches) -> Iterator:

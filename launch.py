@@ -8,6 +8,7 @@ import platform
 import shlex
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -129,12 +130,12 @@ def command(processes: int, precision: str, device_type: str, machines: int = 1)
     return " ".join([*words, "train.py"])
 
 
-def resume_hint(accelerator: Accelerator, run: object) -> str:
+def resume_hint(accelerator: Accelerator, run: str | Path) -> str:
     """How to resume this run, launched as it was."""
     processes = accelerator.num_processes
     machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     started = command(processes, accelerator.mixed_precision, accelerator.device.type, machines)
-    return f"go on with: {started} --resume {shlex.quote(str(run))}"
+    return f"go on with: {started} --resume {shlex.quote(Path(run).as_posix())}"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from processes import cores_per_process, is_main, no_bar
 
 FEW = 2000  # rows of small images, which decode faster than a worker starts
 LITTLE = 1 / 20  # of a GPU's memory
-GRACE = 120  # seconds that a loader's worker lives on after SIGTERM: longer than the steps until all processes stop
+GRACE = 120  # seconds that a loader's worker lives on after SIGTERM: several processes may take 20 more steps
 
 
 class DecodedImages(Dataset):
@@ -179,7 +179,12 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+        signal.signal(signal.SIGTERM, _live_on)
+
+
+def _live_on(*_) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever asks a second time means it, as torch does when it closes
+    signal.alarm(GRACE)
 
 
 def skip_batches(accelerator: Accelerator, prepared_loader, steps: int):

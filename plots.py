@@ -323,7 +323,8 @@ def _confusion(run: Run, found: Predictions) -> Picture:
 def _bars(run: Run, found: Predictions, parts: list[ClassFigures], what: str) -> Picture:
     parts, count = sorted(parts, key=lambda part: -1 if part.top1 is None else part.top1), len(parts)
     if count > MOST_BARS:
-        parts = parts[: MOST_BARS // 2] + parts[-MOST_BARS // 2 :]  # the best one comes on top
+        parts = [part for part in parts if part.top1 is not None]
+        parts = parts[: MOST_BARS // 2] + parts[MOST_BARS // 2 :][-MOST_BARS // 2 :]  # the best one comes on top
     places, names = range(len(parts)), [f"{shown(part.name, LONGEST)} ({part.rows:,})" for part in parts]
     below = [100 * (part.superclass_top1 or 0) for part in parts]
     with matplotlib.rc_context(STYLE):

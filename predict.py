@@ -401,7 +401,7 @@ def robustness(
 
 
 def _facts(args: argparse.Namespace, model: Classifier, accelerator: Accelerator, rows: int) -> dict:
-    facts = {"source": model.config.data.source, "rows": rows, "limit": args.limit, "tta": args.tta}
+    facts = {"source": model.config.data.named, "rows": rows, "limit": args.limit, "tta": args.tta}
     return facts | {"epochs": model.epochs, "precision": accelerator.mixed_precision}
 
 

@@ -42,8 +42,8 @@ FREE = (
 def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Iterator[Path]:
     """The run's folder, with its config.yaml, locked until the context ends or its owner dies.
 
-    If a new run ends before its first epoch or checkpoint, its folder is removed; but not if it was interrupted, which
-    may be resumed. Every process calls this.
+    If a new run ends before its first epoch or checkpoint, its folder is removed; an interrupted one is kept, to be
+    resumed. Every process calls this.
 
     Raises:
         UserError: a new run's folder exists, or can't be made or seen; or another process holds it.
@@ -120,7 +120,7 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
     micro = config.data.micro_batch_size if config.data.micro_batch_size != "auto" else before.data.micro_batch_size
     data = dataclasses.replace(config.data, streaming=config.data.streams, micro_batch_size=micro)
     if script_of(config.recipe) != script_of(before.recipe):
-        started, now = (" ".join(script_of(it.recipe)) for it in (before, config))
+        started, now = (" ".join(script_of(it.recipe)).removesuffix(" --") for it in (before, config))
         raise UserError(f"--resume: {run} was started with {started}, and can't go on with {now}", USAGE)
     config = dataclasses.replace(config, data=data, environment=before.environment, recipe=before.recipe)
 

@@ -208,6 +208,7 @@ def card(config: Config, best: dict, history: list[dict], summary: dict) -> str:
     """
     cfg, classes = best["pretrained_cfg"], best["label_names"]
     kind, source = _source(config)
+    subset = f", subset {config.data.subset}" if config.data.subset else ""
     origin, base_model = _origin(config, cfg)
     figures = _figures(config, summary)
     measured = [
@@ -218,7 +219,7 @@ def card(config: Config, best: dict, history: list[dict], summary: dict) -> str:
     facts = {
         "Architecture": f"{config.model.name}, {summary['parameters']:,} parameters" if summary else config.model.name,
         "Weights start from": origin,
-        "Data": f"{source}, split {config.data.train_split}",
+        "Data": f"{source}{subset}, split {config.data.train_split}",
         "Classes": len(classes),
         "Images": f"{width}x{height} pixels, RGB" + (", brought to that, bilinear" if config.data.image_size else ""),
         "Mean and std": f"{_numbers(cfg['mean'])} and {_numbers(cfg['std'])}, of values from 0 to 1, by channel",
@@ -279,6 +280,7 @@ def _head(config: Config, kind: str, source: str, base_model: str | None, figure
             task_type="image-classification",
             dataset_type=source if kind == "hub" else kind,
             dataset_name=_line(source),
+            dataset_config=config.data.subset and _line(config.data.subset),
             dataset_split=_line(figure.split),
             metric_type="loss" if figure.name == "loss" else "accuracy",
             metric_name=_line(f"{figure.name}, {figure.rows}"),

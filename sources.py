@@ -116,10 +116,10 @@ def _subfolders(of: Path) -> list[Path]:
     """The folders, and links to folders, in a folder; not hidden ones."""
     try:
         with os.scandir(of) as found:
-            names = sorted(each.name for each in found if each.is_dir() and not each.name.startswith((".", "__")))
+            names = [each.name for each in found if each.is_dir() and not each.name.startswith((".", "__"))]
     except OSError:  # not ours to read, such as lost+found
         return []
-    return [of / name for name in names]
+    return [of / name for name in sorted(names, key=lambda name: f"{name}/")]  # as the paths of their files sort
 
 
 def _patterns(split: Path) -> list[str]:

@@ -187,8 +187,10 @@ class TrainingStream:
 
     def _warn_if_sorted(self, labels: list[int]) -> None:
         """After the first rows: say so if they have less than a quarter of the classes that a random draw would."""
+        if len(labels) < FIRST:
+            return
         found, drawn = len(set(labels)), self.classes * (1 - (1 - 1 / self.classes) ** FIRST)
-        if len(labels) == FIRST and found < drawn / 4:
+        if found == 1 or found < drawn / 4:
             tqdm.write(
                 f"warning: the stream's first {FIRST:,} training rows are of {found} of {self.classes} classes: its "
                 "files seem to be sorted by class, and it is shuffled only within data.shuffle_buffer rows until it is "

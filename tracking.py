@@ -61,7 +61,7 @@ class Tracking:
             import wandb
 
             self._tell_tracker(partial(wandb.finish, exit_code=int(kind is not None)))
-            with contextlib.suppress(Exception):  # fails if the service is gone; without it W&B would retry at exit
+            with contextlib.suppress(Exception, SystemExit):  # if the service is gone; without it W&B retries at exit
                 wandb.teardown()
         self.accelerator.trackers.clear()
 
@@ -229,7 +229,8 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
     except Exception as error:  # CommError, UsageError, AuthenticationError and others
         go_offline(f"it can't be reached ({first_line(error)})")
     accelerator.trackers.clear()  # the half-started one would raise again when closed
-    wandb.teardown()
+    with contextlib.suppress(Exception, SystemExit):  # it exits if its service has failed
+        wandb.teardown()
     try:
         start()
         return True

@@ -182,7 +182,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                         tracking.check_validated(validated["loss"], title)
                 except Interrupted:
-                    steps.close()  # ends the loader's workers: their death in mid-save would lose the checkpoint
                     tracking.check_finite()
                     checkpoints.save(state, metrics)
                     raise

@@ -228,7 +228,10 @@ def test_a_hub_that_accepts_but_never_answers_is_given_up_soon(monkeypatch):
         os.environ.pop("HF_HUB_OFFLINE")
 
 
-@pytest.mark.parametrize("reason, there", [(ssl.SSLCertVerificationError(1, "unknown CA"), True), ("refused", False)])
+@pytest.mark.parametrize(
+    "reason, there",
+    [(ssl.SSLCertVerificationError(1, "unknown CA"), True), (ssl.SSLEOFError(8, "cut"), False), ("refused", False)],
+)
 def test_a_certificate_that_only_we_do_not_know_is_an_answer(monkeypatch, reason, there):
     """The libraries look for authorities in more places."""
 

@@ -252,12 +252,13 @@ def test_bars_are_of_classes_where_there_are_no_superclasses(make):
 def test_of_too_many_superclasses_the_lowest_and_the_highest_are_shown(make):
     found = split("test", ["a"])
     parts = [{"name": f"{i}", "rows": 20, "superclass_top1": 1, "top1": i / 200} for i in range(150)]
-    found["superclasses"]["per_superclass"] = parts[::-1]
+    nobody = {"name": "no rows", "rows": 0, "superclass_top1": None, "top1": None}
+    found["superclasses"]["per_superclass"] = [*parts[::-1], nobody]
     run = make(found=[found])
     _, bars, _ = plots.of_predictions(run, run.predictions[0])
     names = [label.get_text() for label in bars.figure.axes[0].get_yticklabels()]
     assert names == [f"{i} (20)" for i in [*range(50), *range(100, 150)]]
-    assert "of 150 superclasses, of which the 50 lowest and the 50 highest are shown: from 0 0.0% to 149" in bars.alt
+    assert "of 151 superclasses, of which the 50 lowest and the 50 highest are shown: from 0 0.0% to 149" in bars.alt
 
 
 def test_reliability_leaves_empty_bins_out(make):

@@ -518,6 +518,7 @@ def test_damage_is_told(project, args):
 def test_no_figure_in_the_tables_was_typed_by_hand(project, args, monkeypatch):
     """The committed tables are what the committed files give."""
     monkeypatch.setattr(results_tables, "write_comparison", COMPARISON)
+    shutil.rmtree(project / "docs" / "curves")
     results_tables.write_tables(results_plan.read_plan(project / "docs" / "results" / "plan.yaml"), args.runs)
     for path in (
         "README.md",

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import ROOT, forget_accelerate, phase
 from test_train import history, untimed
@@ -90,19 +91,23 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(make_config, monkeypatch, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_no_worker_is_left_when_a_stopped_run_is_saved(make_config, monkeypatch, streaming):
-    """A signal to the group ends them after a while; torch would raise that in the middle of the save."""
-    left, real = [], checkpoint.Checkpoints.save
+def test_workers_that_die_while_a_stopped_run_is_saved_do_no_harm(make_config, monkeypatch, streaming):
+    """They had the signal, too. Torch raises their death, in the middle of whatever goes on."""
+    killed, real = [], checkpoint.Checkpoints.save
 
     def save(self, state, metrics):
-        left.append(len(psutil.Process().children()))
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            killed.append(worker)
+        time.sleep(0.5)
         real(self, state, metrics)
 
     monkeypatch.setattr(checkpoint.Checkpoints, "save", save)
     stop_at(monkeypatch, signal.SIGTERM, step=3)
+    config = make_config(PHASES, data={"streaming": streaming, "workers": 1, "keep_mb": 0})
     with pytest.raises(Interrupted):
-        train.train(make_config(PHASES, data={"streaming": streaming, "workers": 1, "keep_mb": 0}))
-    assert left == [0]
+        train.train(config)
+    assert killed and checkpoint.newest(Path(config.output_dir) / "run").state.step == 3
 
 
 def test_the_rate_of_the_rest_of_an_epoch_is_not_told(make_config, monkeypatch, capsys):

@@ -164,7 +164,7 @@ def test_a_patched_run_is_not_gone_on_with_unpatched_and_keeps_its_name(made, ma
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_config(THREE).to_yaml())
     config, _ = parse(["--config", str(recipe), "--resume", str(made)])
-    with pytest.raises(UserError, match=r"was started with benchmarks/patches.py ema --, and can't .* train.py"):
+    with pytest.raises(UserError, match=r"was started with benchmarks/patches.py ema, and can't .* train.py"):
         runs.check_changes(Accelerator(cpu=True), config, made, 2)
     patched = dataclasses.replace(config, recipe="other..ema")
     assert runs.check_changes(Accelerator(cpu=True), patched, made, 2).recipe == "mine..ema"

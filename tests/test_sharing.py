@@ -132,6 +132,12 @@ def test_the_card_says_how_training_images_were_augmented(ended, augmentation, s
     assert rows_of(card_text(ended(augment=augmentation)))["Augmentation"] == [said]
 
 
+def test_a_subset_is_named(ended):
+    text = card_text(ended(data={"source": "uoft-cs/cifar100", "subset": "part"}))
+    assert rows_of(text)["Data"] == ["uoft-cs/cifar100, subset part, split train"]
+    assert {result.dataset_config for result in ModelCard(text).data.eval_results} == {"part"}
+
+
 def test_a_patched_run_says_so(ended):
     rows = rows_of(card_text(ended(recipe="resnet50..ema.unaugmented")))
     assert rows["Patches (benchmarks/patches&#46;py), which the rest does not tell of"] == ["ema, unaugmented"]

@@ -55,16 +55,24 @@ def test_every_row_comes_once_an_epoch_on_its_side(shards, keep_mb):
 
 
 @pytest.mark.parametrize(
-    "shuffle_buffer, label, said",
-    [(50, lambda n: n // 1000, True), (20_000, lambda n: n // 1000, False), (50, lambda n: n % 20, False)],
+    "shuffle_buffer, classes, label, said",
+    [
+        (50, 20, lambda n: n // 1000, "2 of 20"),
+        (20_000, 20, lambda n: n // 1000, None),
+        (50, 20, lambda n: n % 20, None),
+        (50, 2, lambda n: n // 10_000, "1 of 2"),
+        (50, 2, lambda n: n % 2, None),
+    ],
 )
-def test_rows_that_are_sorted_by_class_are_told(capsys, shuffle_buffer, label, said):
+def test_rows_that_are_sorted_by_class_are_told(capsys, shuffle_buffer, classes, label, said):
     stream = stream_of(20_000, shuffle_buffer=shuffle_buffer)
-    stream.classes = 20
+    stream.classes = classes
     stream.shuffled.rows = stream.shuffled.rows.map(lambda row: row | {"label": label(int(row["image"]["bytes"]))})
     for epoch in range(2):
         numbers(stream.training, epoch)
-    assert capsys.readouterr().out.count("training rows are of 2 of 20 classes: its files seem to be sorted") == said
+    out = capsys.readouterr().out
+    assert out.count("files seem to be sorted by class") == (said is not None)
+    assert said is None or f"training rows are of {said} classes" in out
 
 
 def test_what_was_read_once_is_kept_and_shuffled_fully():
