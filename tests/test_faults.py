@@ -85,7 +85,8 @@ def test_a_disk_that_is_full_when_a_run_is_resumed_is_told(make_config, monkeypa
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path)
 
-    with pytest.raises(Interrupted), runs.opened(Accelerator(cpu=True), make_config(), None) as run:
+    accelerator = Accelerator(cpu=True)
+    with pytest.raises(Interrupted), runs.opened(accelerator, runs.settled(accelerator, make_config()), None) as run:
         raise Interrupted("stopped before its first step", 15)
     monkeypatch.setattr(files, "to_disk", full)
     before = (run / "config.yaml").read_text()
@@ -136,7 +137,7 @@ def test_memory_that_runs_out_is_told_with_the_ways_on(command, tmp_path):
 def test_ways_on_from_memory_that_ran_out_are_such_as_lead_on(tmp_path, begun, said, not_said):
     """A run that has begun can't change its precision, and `auto` is settled; one that has not is gone."""
     if begun:
-        (tmp_path / "checkpoints" / "00001-00000009").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "00001-000000009").mkdir(parents=True)
     with pytest.raises(UserError, match=said) as caught, faults.explained("go on", Accelerator(cpu=True), 64, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert not re.search(not_said, str(caught.value))

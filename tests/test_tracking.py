@@ -226,11 +226,12 @@ def test_wandb_that_can_not_be_started_at_all_stops_nothing(start, no_account, m
     def fails(*_, **__):
         raise RuntimeError("no service")
 
-    monkeypatch.setattr(Accelerator, "init_trackers", fails)
-    monkeypatch.setattr(wandb, "teardown", lambda: sys.exit(1))  # as it does then
-    with start(tracking="wandb") as track:
-        assert not track.tracker_works
-        track.finish({"epochs": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "init_trackers", fails)
+        patch.setattr(wandb, "teardown", lambda: sys.exit(1))  # as it does then
+        with start(tracking="wandb") as track:
+            assert not track.tracker_works
+            track.finish({"epochs": 1})
     assert "W&B can't be started (no service): training goes on without it" in capsys.readouterr().err
 
 
