@@ -24,6 +24,7 @@ from errors import USAGE, Interrupted, UserError
 from folding import PRECISIONS
 from processes import cores_per_process
 
+LAUNCHED = ("processes", "mixed_precision", "device_type")  # what a launch decides, in the recorded environment
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # asked for by ACCELERATE_USE_* variables
 
 
@@ -183,8 +184,8 @@ def hint_at_launch(accelerator: Accelerator, recorded: Environment | None) -> No
     """Say so if a run's config.yaml is trained again, but launched differently."""
     if recorded is None:
         return
-    names = ("processes", "mixed_precision", "device_type")
-    if [getattr(recorded, name) for name in names] != [getattr(environment(accelerator), name) for name in names]:
+    now = environment(accelerator)
+    if any(getattr(recorded, name) != getattr(now, name) for name in LAUNCHED):
         started = command(recorded.processes, recorded.mixed_precision, recorded.device_type)
         accelerator.print(f"hint: the run that this configuration comes from was started with {started}")
 
@@ -251,7 +252,7 @@ def check_same(recorded: Environment | None, accelerator: Accelerator) -> list[s
     if recorded is None:
         return []
     now = environment(accelerator)
-    for name in ("processes", "mixed_precision", "device_type"):
+    for name in LAUNCHED:
         before, after = getattr(recorded, name), getattr(now, name)
         if before != after:
             started = command(recorded.processes, recorded.mixed_precision, recorded.device_type)
