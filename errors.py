@@ -56,8 +56,10 @@ def reported():
             text = str(error).rpartition("UserError: ")[2].strip()
             try:
                 print(f"[rank {rank}] " * (rank > 0) + error.prefix + text, file=sys.stderr, flush=True)
-            except BrokenPipeError:  # as `2>&1 | tee` ends with the same Ctrl-C: the exit code has to say enough
-                _write_nowhere(sys.stdout, sys.stderr)
+            except (
+                OSError
+            ):  # the terminal is closed, or `2>&1 | tee` ended with the same Ctrl-C: the exit code says enough
+                write_nowhere(sys.stdout, sys.stderr)
         # Loaders that the traceback holds would keep their workers alive until the interpreter exits.
         traceback.clear_frames(error.__traceback__)
         sys.exit(error.exit_code)
@@ -66,12 +68,12 @@ def reported():
     except BrokenPipeError:
         if not _output_is_unread():  # another pipe broke
             raise
-        _write_nowhere(sys.stdout)
+        write_nowhere(sys.stdout)
         sys.exit(141)
 
 
-def _write_nowhere(*streams) -> None:
-    """Drop what is left to be written: flushing it when the interpreter exits would fail again, with another code."""
+def write_nowhere(*streams) -> None:
+    """Drop what is left to be written: it would fail again, at the latest when the interpreter exits."""
     for stream in streams:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

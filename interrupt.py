@@ -1,10 +1,10 @@
-"""SIGTERM, SIGINT (Ctrl-C), SIGUSR1 as requests to stop: noted at once, obeyed after a step, when a run can be saved.
+"""Signals as requests to stop: noted at once, obeyed after a step, when a run can be saved.
 
-A dead launcher counts as SIGTERM: `accelerate launch` passes no signal on, and whoever kills it alone does not want
-training to continue unseen.
+They are SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (of batch systems) and SIGHUP (the terminal is closed). A dead launcher
+counts as SIGTERM: `accelerate launch` passes no signal on, and whoever kills it alone does not want training to
+continue unseen.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 from accelerate import Accelerator
 
-from errors import Interrupted
+from errors import Interrupted, write_nowhere
 from processes import max_over_processes
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 CHILD = getattr(signal, "SIGCHLD", None)
 AGREE_EVERY = 20  # with several processes, steps between checks whether any got a signal
 DOUBLED = 2  # seconds within which a second Ctrl-C is taken for the launcher's copy of the first
@@ -37,7 +37,8 @@ class Interrupt:
         self.launcher = os.getppid() if launched else None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        asked = [number for number in SIGNALS if not _under_nohup(number)]
+        self.before = {number: signal.signal(number, self._note) for number in asked}
         return self
 
     def __exit__(self, *_):
@@ -49,8 +50,10 @@ class Interrupt:
             self.number, self.noted = number, time.monotonic()
             if self.accelerator.is_main_process:
                 told = f"\n{signal.Signals(number).name}: finishing this step\n"
-                with contextlib.suppress(OSError):  # nobody reads it any more: `| tee` dies of the same Ctrl-C
+                try:
                     os.write(sys.__stderr__.fileno(), told.encode())
+                except OSError:  # the terminal is closed, or `| tee` died of the same Ctrl-C
+                    write_nowhere(sys.__stdout__, sys.__stderr__)
         elif number == signal.SIGINT and time.monotonic() - self.noted > DOUBLED:
             raise KeyboardInterrupt
 
@@ -72,3 +75,7 @@ class Interrupt:
         for batch in batches:
             self.check()
             yield batch
+
+
+def _under_nohup(number: signal.Signals) -> bool:
+    return number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN

@@ -1,6 +1,8 @@
 """From opened data to the loaders that training reads: who decodes what, when and in which order."""
 
+import atexit
 import dataclasses
+import multiprocessing
 import signal
 
 import torch
@@ -179,12 +181,23 @@ def _outlive_signals(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, _live_on)
 
 
 def _live_on(*_) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever asks a second time means it, as torch does when it closes
     signal.alarm(GRACE)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End workers still there when the command ends, as after an unexpected error. Python would ask them only once."""
+    workers = multiprocessing.active_children()
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their deaths as another error
+    for worker in workers:
+        worker.kill()
 
 
 def skip_batches(accelerator: Accelerator, prepared_loader, steps: int):

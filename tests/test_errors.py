@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -14,13 +15,17 @@ def test_ctrl_c_between_two_commands_parts_shows_no_traceback():
         assert result.stderr.rpartition("\n")[0].endswith(shown) and bool(result.stderr) == bool(shown)
 
 
-def test_an_error_that_nobody_reads_keeps_its_exit_code():
-    """As under `2>&1 | tee log`, which ends with the same Ctrl-C; what is left in buffers can't be written either."""
+@pytest.mark.parametrize("opened", [os.pipe, os.openpty])
+def test_an_error_that_nobody_reads_keeps_its_exit_code(opened):
+    """As under `2>&1 | tee log`, which ends with the same Ctrl-C, or on a closed terminal.
+
+    What is left in buffers can't be written either.
+    """
     script = (
         "from errors import Interrupted, reported\nwith reported():\n    print('begun')\n    raise Interrupted('', 2)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    reader, writer = os.pipe()
+    reader, writer = opened()
     os.close(reader)
     with open(writer, "wb") as unread:
         result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=unread, stderr=unread)

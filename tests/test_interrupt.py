@@ -27,7 +27,10 @@ def assert_saved(run):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGUSR1, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGTERM, signal.SIGINT))],
+    [
+        signal.SIGUSR1,
+        *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)),
+    ],
 )
 def test_the_process_saves_and_exits_with_the_conventional_code(long_run, number):
     process, run = long_run(PYTHON)
@@ -40,12 +43,13 @@ def test_the_process_saves_and_exits_with_the_conventional_code(long_run, number
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_whole_group_workers_included(long_run):
-    """Ctrl-C, or a batch system: loader workers get it too, and must outlive the step."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_workers_included(long_run, number):
+    """A batch system, or a closed terminal: loader workers get it too, and must outlive the step."""
     process, run = long_run(PYTHON)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     told = error_of(process)
-    assert process.returncode == 143, told
+    assert process.returncode == 128 + number, told
     assert "Traceback" not in told
     assert_saved(run)
 
@@ -87,14 +91,30 @@ def test_a_parent_that_is_gone_counts_if_it_was_a_launcher(monkeypatch, variable
 
 
 def test_a_signal_counts_even_if_nobody_reads_what_is_said_of_it(monkeypatch):
-    """`2>&1 | tee log` dies of the same Ctrl-C."""
+    """`2>&1 | tee log` dies of the same Ctrl-C. Lines printed until it is obeyed don't fail either."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as unread, Interrupt(Accelerator(cpu=True), "go on") as interrupt:
+        monkeypatch.setattr("interrupt.sys.__stdout__", unread)
         monkeypatch.setattr("interrupt.sys.__stderr__", unread)
         os.kill(os.getpid(), signal.SIGINT)
+        print("epoch 1", file=unread, flush=True)
         with pytest.raises(Interrupted, match="stopped by SIGINT"):
             interrupt.check()
+
+
+def test_a_closed_terminal_counts_unless_the_run_was_started_to_outlive_it():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, counts in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):  # nohup ignores it
+            signal.signal(signal.SIGHUP, handler)
+            with Interrupt(Accelerator(cpu=True), "go on") as interrupt:
+                os.kill(os.getpid(), signal.SIGHUP)
+                with pytest.raises(Interrupted, match="stopped by SIGHUP") if counts else contextlib.nullcontext():
+                    interrupt.check()
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_several_processes_stop_at_the_same_step(long_run):

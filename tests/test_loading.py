@@ -1,5 +1,9 @@
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from images import encode, noise, parquet_of
 
 import data
@@ -143,3 +147,23 @@ def test_a_corrupt_image_is_told_before_training_or_left_out(tmp_path):
     config = DataConfig(source=str(folder), workers=0, on_corrupt="skip")
     kept = loading.keep_decoded(data.load(config), config, CPU)
     assert sum((split.labels == IGNORED).sum().item() for split in (kept.train, kept.validation)) == 1
+
+
+def test_workers_end_with_the_command_whatever_ended_it():
+    """After an unexpected error Python asks them once to end, and they would live on for two minutes."""
+    script = """
+import loading
+from config import DataConfig
+
+def epoch():
+    yield from loading.batches([0, 1, 2, 3], DataConfig(workers=1), 2)
+
+def train():
+    steps = epoch()
+    for step in steps:
+        raise ValueError("odd")
+
+train()
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stderr.endswith("ValueError: odd\n") and result.returncode == 1
