@@ -31,9 +31,8 @@ from errors import USAGE, UserError
 from files import digest, to_disk
 from metrics import Classification
 from phases import RunState
-from processes import max_over_processes, on_main
+from processes import AGREE_EVERY, max_over_processes, on_main
 
-AGREE_EVERY = 20  # steps after which several processes compare clocks
 BEST = ("config.json", "model.safetensors")  # the files of best/
 NAME = r"\d{5,}-\d{9,}"  # of a checkpoint: epochs finished, steps made
 

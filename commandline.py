@@ -174,7 +174,8 @@ def _add_group(parser, title, prefix, cls, values):
         text = field.description
         if "(default" not in text or values.get(name) is not None:
             text += " (required)" if default is PydanticUndefined else f" [{_show(default)}]"
-        group.add_argument(f"--{prefix}{name}", metavar=_metavar(field.annotation), help=text.replace("%", "%%"))
+        dotted = f"{prefix}{name}"  # as `dest`, too: by itself argparse turns the hyphen of a phase's name into _
+        group.add_argument(f"--{dotted}", dest=dotted, metavar=_metavar(field.annotation), help=text.replace("%", "%%"))
 
 
 def _show(value) -> str:

@@ -54,8 +54,11 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
         train = test
     else:
         train = sources.pick(splits, config.train_split, "data.train_split", config.source)
-    if train.features is None:  # a stream of parquet without metadata: infer them from the first rows
-        train = train._resolve_features()
+    if train.features is None:  # a stream of JSON or CSV, whose columns only its rows tell
+        raise UserError(
+            f"data.source: {config.source} does not say which columns it has, as a source of images would; "
+            "--data.streaming false lists them"
+        )
     image, label = columns.find(train.features, config)
     class_labels = train.select_columns([name for name, kind in train.features.items() if isinstance(kind, ClassLabel)])
 

@@ -51,7 +51,9 @@ def reported():
         print(end="", flush=True)
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not error.shared:
+        # What is wrong with a command may be so on this machine alone: a folder that it does not have.
+        here = error.exit_code == USAGE and os.environ.get("LOCAL_RANK", "0") == "0"
+        if rank == 0 or here or not error.shared:
             # An error from a loader's worker arrives as a traceback's text, with the original message at its end.
             text = str(error).rpartition("UserError: ")[2].strip()
             try:

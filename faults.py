@@ -53,15 +53,18 @@ def explained(
                 "batch norm needs more than one image where a map is one pixel: --data.micro_batch_size 2 or more, or "
                 f"larger images; {resume_hint}"
             ) from error
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL):
+        in_worker = "in DataLoader worker process" in text  # its own error, raised here again
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL)
+        if full and not in_worker:
             raise UserError(
                 f"the disk is full: {first_line(error)}. What was written before is intact: make room, "
                 f"and {resume_hint}"
             ) from error
-        if "DataLoader worker" in text:
+        if "DataLoader worker (pid" in text or (in_worker and (full or isinstance(error, MemoryError))):
+            reason = text.strip().splitlines()[-1] if in_worker else first_line(error)
             raise UserError(
-                f"a loader's worker died ({first_line(error)}). If it was short of memory, use fewer --data.workers; "
-                f"{resume_hint}"
+                f"a loader's worker died ({reason}). If it was short of memory, or of /dev/shm, use fewer "
+                f"--data.workers; {resume_hint}"
             ) from error
         if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
             ways = resume_hint if run is None or run.exists() else "what it said itself is the reason"
@@ -110,7 +113,9 @@ def fitting_micro_batch(
                 _try_step(accelerator, model, phase, transform, (micro_batch_size, 3, *size))
         except Exception as raised:
             if ONE_VALUE in str(raised):
-                raise UserError(f"data.micro_batch_size: with 1 image that would fit {first_line(raised)}") from raised
+                raise UserError(
+                    "data.micro_batch_size: only 1 image fits, and batch norm needs two where a map is one pixel"
+                ) from raised
             if not out_of_memory(raised):
                 raise
             error = raised.with_traceback(None)  # the traceback holds the tensors

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from accelerate import Accelerator
 
 from errors import Interrupted, write_nowhere
-from processes import max_over_processes
+from processes import AGREE_EVERY, max_over_processes
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 CHILD = getattr(signal, "SIGCHLD", None)
-AGREE_EVERY = 20  # with several processes, steps between checks whether any got a signal
 DOUBLED = 2  # seconds within which a second Ctrl-C is taken for the launcher's copy of the first
 
 

@@ -1,4 +1,4 @@
-"""Make the Accelerator, and check how we were launched before anything is trained on it."""
+"""How a run meets its machine: the Accelerator, checks of the launch, each process's share, what a device likes."""
 
 import contextlib
 import ctypes
@@ -122,6 +122,8 @@ def command(processes: int, precision: str, device_type: str, machines: int = 1)
     """The command that starts train.py with these processes, precision and device type."""
     words = ["ACCELERATE_USE_CPU=true"] if device_type == "cpu" and processes > 1 else []
     words += ["accelerate launch"]
+    if device_type == "cpu" and processes == 1 and torch.accelerator.is_available():
+        words += ["--cpu"]
     if processes > 1:
         words += [f"--multi_gpu --num_processes {processes}"]
     if machines > 1:
@@ -131,12 +133,13 @@ def command(processes: int, precision: str, device_type: str, machines: int = 1)
     return " ".join([*words, "train.py"])
 
 
-def resume_hint(accelerator: Accelerator, run: str | Path) -> str:
-    """How to resume this run, launched as it was."""
+def resume_hint(accelerator: Accelerator, run: str | Path, push_to_hub: str | None = None) -> str:
+    """How to resume this run, launched as it was, and with the upload that was asked for, which is not recorded."""
     processes = accelerator.num_processes
     machines = processes // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     started = command(processes, accelerator.mixed_precision, accelerator.device.type, machines)
-    return f"go on with: {started} --resume {shlex.quote(Path(run).as_posix())}"
+    upload = f" --push_to_hub {push_to_hub}" if push_to_hub else ""
+    return f"go on with: {started} --resume {shlex.quote(Path(run).as_posix())}{upload}"
 
 
 @contextlib.contextmanager

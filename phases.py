@@ -109,14 +109,16 @@ class RunState:
         self.step += 1
 
     def end_epoch(self, top1: float | None, seconds: float, schedule: Schedule, stopping: EarlyStopping) -> bool:
-        """Record an epoch's validation top-1; return whether it is the run's best so far (a tie is not).
+        """Give an epoch's validation top-1 to the schedule and to early stopping, and record all three.
 
-        Without validation the newest is the best.
+        Returns:
+            Whether it is the run's best so far (a tie is not; without validation the newest is).
         """
         self.epoch += 1
         self.phase_epoch += 1
         self.epoch_step, self.epoch_seconds = 0, 0.0
         self.minutes += seconds / 60
+        schedule.step(top1)
         self.stopped = stopping.step(top1)
         self.schedule, self.early_stopping = schedule.state_dict(), asdict(stopping)
         if self.best_top1 is not None and top1 <= self.best_top1:

@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from errors import UserError
 
+AGREE_EVERY = 20  # steps between two questions that several processes have to agree on, such as a signal
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 
 

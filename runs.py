@@ -101,14 +101,14 @@ def _take(lock: FileLock, run: Path) -> None:
         raise UserError(f"{run} can't be locked: {error.strerror}") from error
 
 
-def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: int) -> Config:
-    """Compare a resumed run's configuration with the one it was started with; print and record changes.
+def check_changes(accelerator: Accelerator, config: Config, run: Path, phases_begun: int) -> Config:
+    """Compare a resumed run's configuration with the one it was started with; print changes.
 
     Args:
-        begun: the number of phases that have begun; those after them may change.
+        phases_begun: how many; the phases after them may change.
 
     Returns:
-        The configuration to use.
+        The configuration to use, and to `record` once all of it is known to be valid.
 
     Raises:
         UserError: a value that has shaped the weights differs; the message names both values.
@@ -117,15 +117,17 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
     before = check(read_yaml(path), str(path))
     before = dataclasses.replace(before, data=dataclasses.replace(before.data, streaming=before.data.streams))
     notes = launch.check_same(before.environment, accelerator)
-    micro = config.data.micro_batch_size if config.data.micro_batch_size != "auto" else before.data.micro_batch_size
+    micro = config.data.micro_batch_size
+    if micro == "auto":  # as the run's recipe says again; the run has settled it, unless it began without
+        micro = before.data.micro_batch_size or micro
     data = dataclasses.replace(config.data, streaming=config.data.streams, micro_batch_size=micro)
     if script_of(config.recipe) != script_of(before.recipe):
         started, now = (" ".join(script_of(it.recipe)).removesuffix(" --") for it in (before, config))
         raise UserError(f"--resume: {run} was started with {started}, and can't go on with {now}", USAGE)
     config = dataclasses.replace(config, data=data, environment=before.environment, recipe=before.recipe)
 
-    names = list(before.phases)[:begun]
-    if names != list(config.phases)[:begun]:
+    names = list(before.phases)[:phases_begun]
+    if names != list(config.phases)[:phases_begun]:
         raise UserError(
             f"--resume: {', '.join(names)} have begun, but the phases now are {', '.join(config.phases)}", USAGE
         )
@@ -135,6 +137,9 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
         if was == now or field.startswith("environment."):
             continue
         section, _, rest = field.partition(".")
+        if field == "data.on_corrupt" and now == "skip":  # nothing has been skipped yet
+            notes.append(f"{field} changes from {json.dumps(was)} to {json.dumps(now)}")
+            continue
         ordering = field == "data.keep_mb" and config.data.streaming  # kept rows are shuffled fully
         if (ordering or not field.startswith(FREE)) and (section != "phases" or rest.split(".")[0] in names):
             why = " (of a stream it decides the order)" if ordering else ""
@@ -149,7 +154,7 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, begun: in
         accelerator.print(f"resumed: {note}")
     if accelerator.is_main_process:
         sharing.card_of(run).unlink(missing_ok=True)  # from an earlier end: best/ may change
-    return record(config, run)
+    return config
 
 
 def record(config: Config, run: Path, **settled) -> Config:

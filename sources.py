@@ -59,7 +59,10 @@ def open_splits(config: DataConfig) -> Mapping:
         if kind == "folder" and (
             "corresponds to no data" in reason or isinstance(error, datasets.data_files.EmptyDatasetError)
         ):
+            empty = [split for split in files if len(files) > 1 and f'"{split}"' in reason]
             reason = "it holds no images and no .parquet files"
+            if empty:
+                reason = f"{Path(config.source) / empty[0]} holds no images"
         raise UserError(f"data.source: {config.source} can't be loaded: {reason}") from error
 
 
@@ -98,7 +101,7 @@ def _class_folders(config: DataConfig) -> tuple[dict[str, list[str]], list[str]]
     """
     folder = Path(config.source).expanduser()
     wanted, inside = (config.train_split, config.test_split), _subfolders(folder)
-    like_splits = [path for path in inside if _subfolders(path) or any(path.glob("metadata.*"))]
+    like_splits = [path for path in inside if _subfolders(path) or _has_table(path)]
     splits = {path.name: _patterns(path) for path in like_splits if path.name in wanted}
     if splits:
         return splits, [path.name for path in like_splits]
@@ -122,6 +125,11 @@ def _subfolders(of: Path) -> list[Path]:
     return [of / name for name in sorted(names, key=lambda name: f"{name}/")]  # as the paths of their files sort
 
 
+def _has_table(folder: Path) -> bool:
+    """Whether a folder of images has its labels in a table, by the names that `datasets` knows."""
+    return any((folder / f"metadata.{kind}").is_file() for kind in ("csv", "jsonl"))
+
+
 def _patterns(split: Path) -> list[str]:
     """The file patterns of one folder per class; beside a table of labels, or without class folders, of all files.
 
@@ -129,7 +137,7 @@ def _patterns(split: Path) -> list[str]:
         UserError: an image lies elsewhere: `datasets` would take its own folder for its class.
     """
     classes = _subfolders(split)
-    if not classes or any(split.glob("metadata.*")):
+    if not classes or _has_table(split):
         return [f"{glob.escape(str(split))}/**"]
     deeper = (path for each in classes for below in _subfolders(each) for path in below.rglob("*"))
     for path in itertools.chain(split.iterdir(), deeper):

@@ -15,6 +15,7 @@ from typing import NoReturn
 from urllib.parse import urlparse
 
 from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 
 import checkpoint
@@ -103,6 +104,11 @@ class Tracking:
         """UserError if an epoch's validation loss is not finite, as when the last update made the weights diverge."""
         if not math.isfinite(loss):
             self._diverged(f"the validation loss is not finite after {title}, whose weights are not kept")
+
+    def check_weights(self, model: nn.Module, title: str) -> None:
+        """UserError if a weight is not finite: without validation no loss tells what an epoch's last update did."""
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            self._diverged(f"weights are no longer finite after {title}, and are not kept")
 
     def _diverged(self, what: str) -> NoReturn:
         ways = "again with --clip_norm 1 or a lower lr"

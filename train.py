@@ -58,7 +58,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
     Raises:
         UserError: anything the user can fix, from a missing column to a diverging loss.
-        Interrupted: a signal came; a checkpoint holds everything up to that step.
+        Interrupted: a signal came; if anything was trained, a checkpoint holds all of it.
     """
     accelerator = launch.make_accelerator(config)
     if config.push_to_hub:
@@ -68,11 +68,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
         config = runs.settled(accelerator, config)
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(runs.opened(accelerator, config, resume))
-        resume_hint = launch.resume_hint(accelerator, run)
+        resume_hint = launch.resume_hint(accelerator, run, config.push_to_hub)
         saved = checkpoint.newest(run)
         state = saved.state if saved else RunState()
         if resume:
-            config = runs.check_changes(accelerator, config, run, begun=state.phase + 1 if saved else 0)
+            config = runs.check_changes(accelerator, config, run, phases_begun=state.phase + 1 if saved else 0)
         share, micro_batch_size = launch.share_of_batch(config, accelerator)
 
         # Data come before the model, whose head and input depend on them.
@@ -93,6 +93,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
             model.pretrained_cfg = facts["pretrained_cfg"] = saved.facts["pretrained_cfg"]
         for phase in config.phases.values():
             models.freeze_all_but(model, phase.modules)  # reports a misspelt module now, not after the first phase
+        if resume:
+            runs.record(config, run)  # only now that all of it is valid
         set_seed(config.seed, device_specific=True)
         augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         if config.data.micro_batch_size == "auto":
@@ -170,7 +172,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     profile = None
                 total = loading.images_per_epoch(train_loader, config.data.batch_size, source)
                 try:
-                    for _ in tracking.watch(steps, title, total, state.epoch_step):
+                    for _ in tracking.watch(steps, title, total, state.epoch_step):  # each turn is an optimizer step
                         state.end_step(time.perf_counter() - began)
                         if checkpoints.due(state):
                             tracking.check_finite()
@@ -181,6 +183,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         val_batches = interrupt.watch(val_loader)
                         validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                         tracking.check_validated(validated["loss"], title)
+                    else:
+                        tracking.check_weights(model, title)
                 except Interrupted:
                     tracking.check_finite()
                     checkpoints.save(state, metrics)
@@ -188,7 +192,6 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
                 # From here on every process has the same metrics and so makes the same decisions.
                 trained, seconds = metrics.compute(gather_object), time.perf_counter() - began
-                schedule.step(validated["top1"])
                 best = state.end_epoch(validated["top1"], seconds, schedule, stopping)
                 tracking.epoch(name, state, lr, trained, validated, seconds, best)
                 if best and accelerator.is_main_process:

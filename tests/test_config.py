@@ -43,6 +43,13 @@ def test_overriding_one_value_of_one_phase_leaves_its_others_alone():
     assert after.data == dataclasses.replace(before.data, streaming=False, batch_size=128)
 
 
+def test_a_hyphen_in_a_phases_name_is_no_underscore(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("phases: {a-b: {modules: all, epochs: 1, lr: 1}, a_b: {modules: all, epochs: 1, lr: 1}}")
+    phases = parse(["--config", str(path), "--phases.a-b.lr", "0.5"])[0].phases
+    assert {name: phase.lr for name, phase in phases.items()} == {"a-b": 0.5, "a_b": 1}
+
+
 def test_text_stays_text():
     parsed, _ = parse(["--run_name", "2026-11-23", "--data.label", "no", "--data.test_split", "null"])
     assert (parsed.run_name, parsed.data.label, parsed.data.test_split) == ("2026-11-23", "no", None)
@@ -111,7 +118,7 @@ ONE = "phases: {a: {modules: all, epochs: 1, lr: 1}}"
         ("a:\n\tb: 1", "line 2: not valid YAML (found character '\\t'"),
         (f"{ONE}\nseed: yes", "seed: should not be true or false"),
         (f"{ONE}\nseed: .nan", "seed: should be a finite number"),
-        (f"{ONE}\nseed: 0x{'f' * 9999}", "seed: should be less than 4294967296, not a number of thousands of digits"),
+        (f"{ONE}\nseed: 0x{'f' * 9999}", "seed: should be less than 2147483648, not a number of thousands of digits"),
         (f"{ONE}\nrecipe: ../../x", "recipe: '../../x' must be a plain name"),
         (
             "phases: {a.b: {modules: all, epochs: 1, lr: 1}}",

@@ -11,6 +11,7 @@ from images import encode, noise, parquet_of
 
 import data
 import loading
+import sources
 from config import DataConfig
 from decoding import decode
 from errors import UserError
@@ -148,6 +149,24 @@ def test_splits_with_a_table_of_labels(tmp_path):
     assert (source.class_names, len(source.train), len(source.test)) == (["0", "1"], 40, 8)
 
 
+@pytest.mark.parametrize("name", ["metadata.json", "metadata.txt"])
+def test_other_files_of_that_name_make_no_table_of_labels(tmp_path, name):
+    folder_of_classes(tmp_path, {"cat": 20, "dog": 20})
+    for place in (tmp_path, tmp_path / "cat", tmp_path / "dog"):
+        (place / name).write_text("{}")
+    assert load(tmp_path, folds=None, test_split=None).class_names == ["cat", "dog"]
+    folder_of_classes(tmp_path, {"dog/puppies": 1})
+    with pytest.raises(UserError, match=r"dog/puppies/0\.png is not directly in a class's folder"):
+        load(tmp_path, folds=None, test_split=None)
+
+
+def test_a_split_without_images_is_named(tmp_path):
+    folder_of_classes(tmp_path, {"train/cat": 20, "train/dog": 20, "test/cat": 0, "test/dog": 0})
+    (tmp_path / "test" / "cat" / "0.heic").write_bytes(b"odd")
+    with pytest.raises(UserError, match=f"{tmp_path}/test holds no images"):
+        load(tmp_path, streaming=False)
+
+
 def test_a_folder_above_the_splits_is_told(tmp_path):
     folder_of_classes(tmp_path, {"images/train/a": 20, "images/train/b": 20, "images/test/a": 4, "images/test/b": 4})
     with pytest.raises(UserError, match=f"{tmp_path} has no folder 'train', but {tmp_path}/images has: name that one"):
@@ -195,6 +214,16 @@ def test_columns_and_splits_that_are_not_there(parquet, values, message):
     with pytest.raises(UserError, match=message) as caught:
         load(parquet, **values)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_of_text_is_no_source_of_images(monkeypatch, tmp_path, streaming):
+    """A dataset on the hub may be one. Streamed, it has no columns before its rows are read."""
+    (tmp_path / "train.csv").write_text("a,b\n1,2\n")
+    rows = datasets.load_dataset("csv", data_files=str(tmp_path / "train.csv"), streaming=streaming)
+    monkeypatch.setattr(sources, "open_splits", lambda config: rows)
+    with pytest.raises(UserError, match="data.source: somebody/table does not say" if streaming else "no image column"):
+        load("somebody/table", streaming=streaming, test_split=None)
 
 
 def test_several_or_no_image_columns_must_be_named(tmp_path):

@@ -16,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import error_of, kill_a_child, phase, wait_until
 from test_launch import TORCHRUN, TWO_PROCESSES
+from torch._utils import ExceptionWrapper
 
 import checkpoint
 import faults
@@ -25,6 +26,35 @@ import train
 from errors import Interrupted, UserError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="uses what only Linux has")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (MemoryError(), r"a loader's worker died \(MemoryError\)\. If it was short of memory"),
+        (RuntimeError("unable to write </torch_1>: No space left on device (28)"), "died .*No space left.*/dev/shm"),
+    ],
+    ids=["memory", "shared memory"],
+)
+def test_a_worker_without_memory_is_told(raised, said):
+    with pytest.raises(UserError, match=said), faults.explained("go on", Accelerator(cpu=True), 64):
+        in_a_worker(raised)
+
+
+def test_another_error_in_a_worker_stays_what_it_is():
+    with (
+        pytest.raises(ValueError, match=r"in DataLoader worker process 0(.|\n)*ValueError: odd"),
+        faults.explained("go on", Accelerator(cpu=True), 64),
+    ):
+        in_a_worker(ValueError("odd"))
+
+
+def in_a_worker(error):
+    """Raise what torch makes of an error in a loader's worker."""
+    try:
+        raise error
+    except Exception:
+        ExceptionWrapper(where="in DataLoader worker process 0").reraise()
 
 
 # ---- a full disk ------------------------------------------------------------------------------------------------

@@ -243,6 +243,17 @@ def test_the_way_on_names_processes_and_machines(make_config, monkeypatch):
         launch.check_same(recorded, alone)
 
 
+def test_the_way_on_uploads_what_was_to_be_uploaded(make_config):
+    alone = launch.make_accelerator(make_config())
+    assert launch.resume_hint(alone, "x", "me/model").endswith("train.py --resume x --push_to_hub me/model")
+
+
+def test_the_way_on_leads_past_a_gpu_that_the_run_did_not_use(make_config, monkeypatch):
+    alone = launch.make_accelerator(make_config())
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert launch.resume_hint(alone, "x") == "go on with: accelerate launch --cpu train.py --resume x"
+
+
 @pytest.mark.parametrize("minutes", [0.2, 10, 30])
 def test_processes_wait_as_long_for_one_another_as_is_said(minutes):
     """Accelerate leaves out what is its own default, and gloo then takes another one."""

@@ -97,7 +97,6 @@ def test_state_survives_json(schedule):
     stopping = EarlyStopping(3)
     for top1 in (0.1, 0.3, 0.2):
         optimizer.step()
-        made.step(top1)
         state.end_epoch(top1, 60.0, made, stopping)
     restored = RunState(**json.loads(json.dumps(state.state_dict())))
     assert restored == state

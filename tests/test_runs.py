@@ -12,6 +12,7 @@ from conftest import ROOT, phase
 from filelock import FileLock
 
 import runs
+import train
 from commandline import parse
 from errors import UserError
 from recipe import check, read_yaml
@@ -90,7 +91,7 @@ def test_an_output_folder_that_can_not_be_made(make_config, tmp_path, place):
 def settle(run, begun, *argv):
     config, found = parse(["--resume", str(run), *argv])
     assert found == run
-    return runs.check_changes(Accelerator(cpu=True), config, run, begun)
+    return runs.record(runs.check_changes(Accelerator(cpu=True), config, run, begun), run)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ def settle(run, begun, *argv):
         (["--tracking", "wandb"], 'tracking changes from "none" to "wandb"'),
         (["--checkpoint.every_steps", "7"], "checkpoint.every_steps changes from null to 7"),
         (["--clip_norm", "1"], "clip_norm changes from null to 1.0"),
+        (["--data.on_corrupt", "skip"], 'data.on_corrupt changes from "error" to "skip"'),
     ],
 )
 def test_what_may_change_takes_effect_with_a_line(made, argv, note, capsys):
@@ -148,14 +150,38 @@ def test_what_is_kept_of_a_stream_decides_its_order_and_so_may_not_change(make_c
         settle(run, 2, "--data.keep_mb", "0")
 
 
+def test_what_was_skipped_stays_skipped(made):
+    settle(made, 2, "--data.on_corrupt", "skip")
+    with pytest.raises(UserError, match=r'data\.on_corrupt was "skip" and can\'t become "error"'):
+        settle(made, 2, "--data.on_corrupt", "error")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--data.micro_batch_size", "7"], ["--phases.last.modules", "layer9"]], ids=["batch", "modules"]
+)
+def test_a_change_that_is_refused_later_is_not_recorded(made, argv):
+    """The same command without it must be able to go on."""
+    before = (made / "config.yaml").read_text()
+    with pytest.raises(UserError, match=argv[0].rpartition(".")[2]):
+        train.train(*parse(["--resume", str(made), *argv]))
+    assert (made / "config.yaml").read_text() == before
+
+
 def test_the_same_recipe_given_again_is_no_change(made, make_config, tmp_path, capsys):
     """As in a job script that repeats its whole command with --resume."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_config(THREE, data={"micro_batch_size": "auto"}).to_yaml())
     config, _ = parse(["--config", str(recipe), "--resume", str(made)])
+    runs.record(check(read_yaml(made / "config.yaml"), ""), made, micro_batch_size=16)  # as the run has settled it
     settled = runs.check_changes(Accelerator(cpu=True), config, made, 2)
     assert "resumed" not in capsys.readouterr().out
-    assert settled.data.micro_batch_size is None
+    assert settled.data.micro_batch_size == 16
+
+
+def test_a_micro_batch_size_may_be_looked_for_later(made, capsys):
+    """As on a smaller GPU."""
+    assert settle(made, 2, "--data.micro_batch_size", "auto").data.micro_batch_size == "auto"
+    assert 'data.micro_batch_size changes from null to "auto"' in capsys.readouterr().out
 
 
 def test_a_patched_run_is_not_gone_on_with_unpatched_and_keeps_its_name(made, make_config, tmp_path):

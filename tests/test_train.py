@@ -246,6 +246,12 @@ def test_a_diverging_loss_is_told_with_phase_and_step(make_config):
     assert "Try again with --clip_norm 1 or a lower lr" in str(error)
 
 
+def test_weights_that_an_epochs_last_update_ruined_are_not_kept_where_nothing_is_validated(make_config):
+    data = {"folds": None, "batch_size": 400}  # one step an epoch
+    config = make_config({"only": phase(optimizer="sgd", lr=1e38, weight_decay=1e9, epochs=2)}, data=data)
+    refused(config, "weights are no longer finite after phase only, epoch 1, and are not kept. Try .* a lower lr")
+
+
 def test_a_label_that_is_no_class_is_told_late_in_a_stream_and_what_was_trained_is_kept(make_config, parquet, tmp_path):
     rows = datasets.load_dataset("parquet", data_files=str(parquet / "train-*"))["train"]
     folder = tmp_path / "bad"
