@@ -116,7 +116,9 @@ class DataConfig(_Section):
         None,
         ge=8,
         le=1024,
-        description="side in pixels that images are resized to, on the device (default: as they are)",
+        description="side in pixels of the squares that images become: small square ones are enlarged on the device; "
+        "larger ones, and those of other shapes or several sizes, are cropped to their centre while they are decoded "
+        "(default: as they are)",
     )
     batch_size: int = Field(
         64, ge=1, description="images per optimizer step, all processes and gradient accumulation together"
@@ -124,7 +126,8 @@ class DataConfig(_Section):
     micro_batch_size: MicroBatchSize = Field(
         None,
         description="images per forward pass of one process; if that is less than its share of the batch, gradients "
-        "are accumulated; auto: halve it, before training, until a step fits in memory (default: the whole share)",
+        "are accumulated, while batch norms that train see one forward pass at a time; auto: halve it, before "
+        "training, until a step fits in memory (default: the whole share)",
     )
     workers: int | None = Field(
         None,
@@ -273,8 +276,8 @@ class Config(_Section):
     clip_norm: float | None = Field(None, gt=0, description="clip the gradients' global L2 norm to this (default: off)")
     sync_batch_norm: bool = Field(
         False,
-        description="batch norms in training mode take their statistics from the whole batch of all processes, "
-        "instead of each process's share; GPUs only",
+        description="batch norms in training mode take their statistics from a forward pass of all processes together, "
+        "instead of each one's own; GPUs only",
     )
     tf32: bool = Field(
         False,

@@ -49,7 +49,10 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
         UserError: the source, a split or a column is missing, or a column holds no images or no class labels.
     """
     splits = sources.open_splits(config)
-    test = sources.pick(splits, config.test_split, "data.test_split", config.source) if config.test_split else None
+    test = None
+    if config.test_split:
+        remedy = "" if only_test else ", or null to do without test figures"
+        test = sources.pick(splits, config.test_split, "data.test_split", config.source, remedy)
     if only_test and config.train_split not in splits:
         train = test
     else:

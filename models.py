@@ -316,7 +316,13 @@ def freeze_all_but(model: nn.Module, modules: tuple[str, ...]) -> list[str]:
     for prefix in prefixes:
         if prefix != "all" and not any(_is_under(name, prefix) for name in names):
             known = dict.fromkeys([name.split(".")[0] for name in names] + ["head", "all"])
-            raise UserError(f"modules: this model has no '{prefix}' to train; it has {', '.join(known)}", USAGE)
+            above, depth = prefix.rpartition(".")[0], prefix.count(".") + 1
+            inside = dict.fromkeys(".".join(name.split(".")[:depth]) for name in names if _is_under(name, above))
+            raise UserError(
+                f"modules: this model has no '{prefix}' to train; it has {', '.join(known)}"
+                f"{f'; inside {above}: ' * bool(inside)}{', '.join(inside)}",
+                USAGE,
+            )
     training = [name for name in names if any(prefix == "all" or _is_under(name, prefix) for prefix in prefixes)]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in training)

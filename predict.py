@@ -67,7 +67,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
         help="the course's distortion00.npy to distortion18.npy: writes a submission of 950,000 rows",
     )
     what.add_argument(
-        "--push_to_hub", type=_hub_id, metavar="ID", help="upload best/ with its model card as USER/MODEL"
+        "--push_to_hub",
+        type=_hub_id,
+        metavar="ID",
+        help="upload best/ with its model card as USER/MODEL, which becomes public unless your account says otherwise",
     )
     parser.add_argument(
         "--tta",
@@ -265,7 +268,9 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
     """
     config = model.config.data
     if part == "test" and config.test_split is None:
-        raise UserError(f"{args.run}: its data have no test split (data.test_split is null)", USAGE)
+        raise UserError(
+            f"{args.run}: its data have no test split (data.test_split is null); --split validation?", USAGE
+        )
     if part == "validation" and config.folds is None:
         raise UserError(f"{args.run}: no rows were held out of its training split (data.folds is null)", USAGE)
     source = data.load(config, model.config.seed, only_test=part == "test")

@@ -194,10 +194,9 @@ def _check_pages(source: str) -> None:
             raise UserError(f"data.source: {name} can't be read: {first_line(error)}") from error
 
 
-def pick(splits: Mapping, name: str, option: str, source: str):
-    """A split by its name; UserError lists the names there are."""
+def pick(splits: Mapping, name: str, option: str, source: str, remedy: str = ""):
+    """A split by its name; UserError lists the names there are, and another remedy."""
     if name not in splits:
-        remedy = ", or null to do without test figures" if option == "data.test_split" else ""
         raise UserError(
             f"{option}: {source} has no split '{name}'; it has {', '.join(splits)}: name one of them{remedy}",
             USAGE,

@@ -27,7 +27,7 @@ from launch import peak_memory
 from phases import RunState
 from processes import no_bar, on_main
 
-PROJECT = "phases"  # W&B's project
+PROJECT = "phases"  # W&B's, unless WANDB_PROJECT names another
 WANDB_TIMEOUT = 15  # seconds W&B may take to connect before the run continues offline
 WANDB_PATIENCE = 60  # seconds a finished run waits for W&B to finish its uploads
 READ_EVERY = 20  # steps between reads of the loss; each waits for the device
@@ -220,7 +220,10 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
     values = json.loads(json.dumps(dataclasses.asdict(config)))
 
     def start():
-        accelerator.init_trackers(PROJECT, config=values, init_kwargs={"wandb": options})
+        project = os.environ.get("WANDB_PROJECT") or PROJECT
+        accelerator.init_trackers(project, config=values, init_kwargs={"wandb": options})
+        if accelerator.is_main_process and wandb.run.url:  # it has none offline
+            print(f"W&B: {wandb.run.url}")
 
     def go_offline(why):
         os.environ["WANDB_MODE"] = "offline"

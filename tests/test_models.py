@@ -270,6 +270,14 @@ def test_a_module_that_the_model_lacks_is_an_error_listing_those_it_has(prefix):
         models.freeze_all_but(model, (prefix,))
 
 
+def test_a_module_that_another_lacks_is_an_error_listing_those_inside_it():
+    model, _ = create("test_vit")
+    with pytest.raises(
+        UserError, match=r"no 'blocks.9' to train; it has .*, head, all; inside blocks: blocks.0, blocks"
+    ):
+        models.freeze_all_but(model, ("blocks.9",))
+
+
 def test_reloaded_weights_are_the_saved_ones(tmp_path):
     model, _ = create()
     checkpoint.save_best(model, tmp_path)

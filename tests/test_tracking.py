@@ -166,7 +166,7 @@ def test_the_bar_tells_the_rate_and_what_is_left_of_what_is_trained_now(start, m
 
 @pytest.fixture
 def no_account(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "NETRC"):
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE", "WANDB_PROJECT", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     wandb.teardown()  # it remembers the environment of its first use
@@ -204,6 +204,18 @@ def test_a_key_is_looked_for_where_wandb_does(tmp_path, no_account, monkeypatch,
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert tracking._has_key() is has_key
+
+
+@pytest.mark.parametrize(("given", "project"), [({}, "phases"), ({"WANDB_PROJECT": "birds"}, "birds")])
+def test_wandb_that_can_be_reached_says_where_the_run_is(start, no_account, monkeypatch, capsys, given, project):
+    server = WandbServer()
+    for name, value in ({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url} | given).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tracking, "WANDB_PATIENCE", 1)
+    with start(tracking="wandb"):
+        assert set(server.projects) == {project}
+        assert re.search(rf"^W&B: {server.url}/.*/runs/{server.started[0]}$", capsys.readouterr().out, re.MULTILINE)
+    server.stop()
 
 
 def test_wandb_that_can_not_be_reached_goes_offline_too(start, tmp_path, no_account, monkeypatch, capsys):

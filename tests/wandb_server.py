@@ -9,10 +9,11 @@ PROJECT = {"id": "1", "name": "phases", "entity": {"id": "1", "name": "me"}}
 
 
 class WandbServer:
-    """On a free loopback port. `started` lists the ids of runs that began or went on."""
+    """On a free loopback port. `started` lists the ids of runs that began or went on, `projects` where."""
 
     def __init__(self):
         self.started: list[str] = []
+        self.projects: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -31,6 +32,7 @@ class WandbServer:
             return {"model": {"bucket": None}}  # no run of that id is known
         if "upsertBucket" in query:
             name = variables["name"]
+            self.projects.append(variables["project"])
             self.started += [] if name in self.started[-1:] else [name]
             return {"upsertBucket": {"bucket": {"id": "1", "name": name, "displayName": name, "project": PROJECT}}}
         if "createRunFiles" in query:
