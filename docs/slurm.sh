@@ -1,7 +1,8 @@
 #!/bin/bash
 # One run on all GPUs of several machines, which goes on by itself after its time limit and after a preemption:
 #
-#     sbatch docs/slurm.sh --config recipes/resnet50.yaml          # from the project's folder, which all machines share
+#     sbatch docs/slurm.sh --config recipes/resnet50.yaml          # from the project's folder, which all machines share,
+#                                                                  # with its environment active
 #
 # Two minutes before the limit the script is told (SIGUSR1), passes it on, and puts itself back into the queue. A job that
 # is queued again keeps its number, finds its run by it, and resumes. Where a site preempts, Slurm queues it again itself.

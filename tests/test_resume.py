@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, forget_accelerate, phase
+from images import encode, noise, parquet_of
 from test_train import history, untimed
 
 import checkpoint
@@ -241,6 +242,22 @@ def test_data_that_have_changed_are_told(make_config, monkeypatch, image_rows, t
     forget_accelerate()
     with pytest.raises(UserError, match=r"data have changed: training rows was \d+, and is \d+"):
         train.train(config, resume=tmp_path / "runs" / "run")
+
+
+def test_an_image_that_was_found_to_be_corrupt_can_be_skipped_then(make_config, tmp_path):
+    """As in the test split of a dataset on the hub, which nobody can repair: it is read last."""
+    images = [encode(image) for image in noise(80)]
+    whole = (parquet_of(tmp_path, images) / "train.parquet").read_bytes()
+    parquet_of(tmp_path, [*images[:-1], {"bytes": b"odd", "path": None}])
+    (tmp_path / "train.parquet").write_bytes(whole)
+    config = make_config({"only": phase()}, data={"source": str(tmp_path)})
+    with pytest.raises(UserError, match=r"row 79 of split 'test' can't be decoded: .* or --data\.on_corrupt skip"):
+        train.train(config)
+    forget_accelerate()
+    skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_corrupt="skip"))
+    run = train.train(skipping, resume=tmp_path / "runs" / "run")
+    assert len((run / "history.jsonl").read_text().splitlines()) == 1
+    assert json.loads((run / "summary.json").read_text())["test_corrupt"] == 1
 
 
 def test_a_phase_that_diverges_goes_on_from_the_one_before_at_a_lower_rate(make_config):
