@@ -17,6 +17,7 @@ This script makes the runs; results_plan.py reads the plan, and results_tables.p
 import argparse
 import datetime
 import functools
+import hashlib
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import safetensors
 import turns
 import yaml
 from filelock import FileLock
@@ -44,7 +46,7 @@ from results_plan import (
 from results_tables import write_tables
 
 from errors import USAGE, Interrupted, UserError, reported
-from files import digest, write_whole
+from files import write_whole
 from recipe import read_yaml
 
 
@@ -65,7 +67,7 @@ def complete(row: Row, run: str, args) -> None:
         if does == "train" and "WEIGHTS" in row.options:
             weights = weights_of(folder, args.weights)
             if weights.is_file():  # a resumed run no longer needs them
-                facts["weights_sha256"] = digest(weights)
+                facts["weights_sha256"] = tensors_digest(weights)
         made["sessions"].append(facts)
         write_whole(note, json.dumps(made, indent=1) + "\n")
         code, facts["peak_memory_mib"] = execute(args, [*launcher(made["precision"]), *words], folder)
@@ -106,7 +108,7 @@ def check_startable(row: Row, run: str, args) -> None:
         given = weights_given(args.weights) if "WEIGHTS" in row.options else set()
         if given and weights and given != weights:
             raise UserError(
-                f"--weights: {row.name} is compared or averaged with {kept}, from other weights, whose SHA-256 begins "
+                f"--weights: {row.name} is compared or averaged with {kept}, from other weights, whose digest begins "
                 f"with {min(weights)[:12]}; to start over with these, delete that folder and its like",
                 USAGE,
             )
@@ -120,9 +122,28 @@ def beside(row: Row) -> list[Path]:
 
 @functools.cache
 def weights_given(weights: str) -> set[str]:
-    """The SHA-256 of --weights; empty if there is no such file, which is reported elsewhere."""
+    """The digest of --weights; empty if there is no such file, which is reported elsewhere."""
     file = weights_file(weights)
-    return {digest(file)} if os.path.isfile(file) else set()
+    return {tensors_digest(file)} if os.path.isfile(file) else set()
+
+
+def tensors_digest(file: Path) -> str:
+    """SHA-256 of the tensors in a safetensors file: their names, types, shapes and values, in the order of the names.
+
+    The file's own changes whenever the same tensors are written again, as metadata have no fixed order in its header.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    sha256 = hashlib.sha256()
+    try:
+        tensors = safetensors.deserialize(file.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise UserError(f"--weights: {file} is not a safetensors file ({error})", USAGE) from error
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
+        sha256.update(f"{name} {tensor['dtype']} {tensor['shape']}\n".encode())
+        sha256.update(tensor["data"])
+    return sha256.hexdigest()
 
 
 def weights_of(folder: Path, given: str) -> Path:

@@ -157,7 +157,7 @@ def how(rows: Finished) -> str:
             ),
             ["commit " + ", ".join(sorted({it["commit"] for it in sessions}))],
             [", ".join(sorted({it["date"] for it in sessions}))],
-            [f"weights' SHA-256 {sha256[:12]}..." for sha256 in weights],
+            [f"weights {sha256[:12]}..." for sha256 in weights],
         ]
         seeds = f", and seeds {', '.join(str(it['run'].config['seed']) for it in found[1:])}" if found[1:] else ""
         lines.append(

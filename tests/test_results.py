@@ -1,17 +1,19 @@
 """The results tables: their plan is sound, runs are gone on with or refused, figures are those of the kept files."""
 
 import argparse
-import hashlib
 import json
 import re
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import run_folders
+import torch
 import yaml
 from conftest import ROOT
+from safetensors.torch import save_file
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -145,7 +147,7 @@ def test_a_mistake_is_a_line_for_the_user(command):
 @pytest.fixture
 def args(tmp_path):
     weights = tmp_path / "somebody.safetensors"
-    weights.write_bytes(b"weights")
+    save_file({"fc.weight": torch.zeros(2, 3)}, weights)
     return argparse.Namespace(
         data="/home/somebody/data", weights=str(weights), runs=tmp_path / "runs", mixed_precision="bf16"
     )
@@ -193,7 +195,7 @@ def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monk
     sessions = json.loads((kept / "made.json").read_text())["sessions"]
     assert [(it["does"], it["peak_memory_mib"]) for it in sessions] == [("train", 100), ("train", 200), ("judge", 300)]
     assert all(it["commit"] and it["date"] and it["machine"]["torch"] for it in sessions)
-    weights = hashlib.sha256(b"weights").hexdigest()
+    weights = results.tensors_digest(Path(args.weights))
     assert [it.get("weights_sha256") for it in sessions] == [weights, weights, None]
     config = yaml.safe_load((kept / "config.yaml").read_text())
     assert (config["data"]["source"], config["model"]["weights"], config["output_dir"]) == ("DATA", "WEIGHTS", "runs")
@@ -204,7 +206,8 @@ def test_the_weights_of_a_run_that_is_resumed_are_those_it_was_started_with(proj
     """Whatever --weights is now. From a checkpoint it goes on without them, if they are gone."""
     it, best = row("one", robustness=False, options=results_plan.WEIGHTS), tmp_path / "best"
     best.mkdir()
-    (best / "model.safetensors").write_bytes(b"its own")
+    save_file({"its own": torch.ones(1)}, best / "model.safetensors")
+    its_own = results.tensors_digest(best / "model.safetensors")
     args.weights, other = str(best), args.weights
     scripted(monkeypatch, it, (1, "config.yaml"), (1, "checkpoints/1/state"), (0, *FILES[1:]))
     with pytest.raises(UserError):
@@ -215,7 +218,6 @@ def test_the_weights_of_a_run_that_is_resumed_are_those_it_was_started_with(proj
     shutil.rmtree(best)
     results.complete(it, "one-seed0", args)
     sessions = json.loads((results_plan.RESULTS / "one-seed0" / "made.json").read_text())["sessions"]
-    its_own = hashlib.sha256(b"its own").hexdigest()
     assert [session.get("weights_sha256") for session in sessions] == [its_own, its_own, None]
 
 
@@ -382,6 +384,23 @@ def test_other_weights_are_not_compared(project, args, monkeypatch):
         match=r"other is compared .*base-seed0, from other weights, .* ffffffffffff;",
     ):
         run_all(monkeypatch, args, [base, other], "other")
+
+
+def test_weights_are_known_by_their_tensors(tmp_path):
+    """A file of the same tensors has other bytes each time it is written."""
+    file, tensors = tmp_path / "a.safetensors", {"a": torch.ones(2, 3), "b": torch.zeros(3, dtype=torch.bfloat16)}
+
+    def digest(tensors, metadata=None):
+        save_file(tensors, file, metadata)
+        return results.tensors_digest(file)
+
+    same = digest(tensors)
+    assert digest(tensors, {"written": "again"}) == digest(dict(reversed(tensors.items()))) == same
+    for name, tensor in (("a", torch.ones(3, 2)), ("b", torch.ones(3, dtype=torch.bfloat16)), ("c", torch.ones(1))):
+        assert digest(tensors | {name: tensor}) != same
+    file.write_bytes(b"odd")
+    with pytest.raises(UserError, match=r"a\.safetensors is not a safetensors file"):
+        results.tensors_digest(file)
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
