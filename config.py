@@ -297,7 +297,9 @@ class Config(_Section):
         description="minutes that processes wait for one another; if one disappears with its machine, the others end "
         "after this long",
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="seed of initialisation, shuffling, augmentation and dropout")
+    seed: int = Field(
+        0, ge=0, lt=2**32 - 2**16, description="seed of initialisation, shuffling, augmentation and dropout"
+    )  # less than NumPy takes, as each process adds its number
     recipe: str = Field("run", **PLAIN_NAME)  # the recipe file's name; the run is named after it
     run_name: str | None = Field(
         None, **PLAIN_NAME, description="folder of this run below output_dir (default: recipe and time)"

@@ -88,6 +88,8 @@ def decode(encoded: Mapping | None) -> PILImage.Image:
         raise
     except UnidentifiedImageError:
         raise CorruptImage("it is in no format that is read here" if content else "it is empty") from None
+    except MemoryError:  # the image may be intact
+        raise
     except Exception as error:  # Pillow's readers raise a dozen types on broken bytes
         raise CorruptImage(first_line(error)) from error
 

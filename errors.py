@@ -17,7 +17,8 @@ class UserError(Exception):
 
     Args:
         exit_code: `USAGE` (2) or `RUN` (1).
-        shared: every process of the run has this same error, so only one reports it.
+        shared: every process of the run has this same error, so only one reports it (of a wrong command, which may be
+            wrong on one machine alone, one on each machine).
     """
 
     prefix = "error: "
@@ -58,10 +59,8 @@ def reported():
             text = str(error).rpartition("UserError: ")[2].strip()
             try:
                 print(f"[rank {rank}] " * (rank > 0) + error.prefix + text, file=sys.stderr, flush=True)
-            except (
-                OSError
-            ):  # the terminal is closed, or `2>&1 | tee` ended with the same Ctrl-C: the exit code says enough
-                write_nowhere(sys.stdout, sys.stderr)
+            except OSError:  # the terminal is closed, or `2>&1 | tee` ended with the same Ctrl-C
+                give_up_stderr()
         # Loaders that the traceback holds would keep their workers alive until the interpreter exits.
         traceback.clear_frames(error.__traceback__)
         sys.exit(error.exit_code)
@@ -70,14 +69,21 @@ def reported():
     except BrokenPipeError:
         if not _output_is_unread():  # another pipe broke
             raise
-        write_nowhere(sys.stdout)
+        _write_nowhere(sys.stdout)
         sys.exit(141)
 
 
-def write_nowhere(*streams) -> None:
+def give_up_stderr() -> None:
+    """Once a write to stderr has failed: drop what goes there, and to stdout if that is the same terminal or pipe."""
+    lost = os.fstat(sys.__stderr__.fileno())
+    for stream in (sys.__stdout__, sys.__stderr__):
+        if stream and os.path.samestat(os.fstat(stream.fileno()), lost):
+            _write_nowhere(stream)
+
+
+def _write_nowhere(stream) -> None:
     """Drop what is left to be written: it would fail again, at the latest when the interpreter exits."""
-    for stream in streams:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _unless_interrupted(kind, error, trace) -> None:

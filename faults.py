@@ -40,6 +40,14 @@ def explained(
     except Exception as error:  # each library has its own type, or just a RuntimeError with a message
         text, begun = str(error), run is None or resumed or checkpoint.begun(run)
         resume_hint = resume_hint if begun else "start again"
+        in_worker = "in DataLoader worker process" in text  # its own error, raised here again
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL)
+        if "DataLoader worker (pid" in text or (in_worker and (full or "MemoryError" in text or out_of_memory(error))):
+            reason = text.strip().splitlines()[-1] if in_worker else first_line(error)
+            raise UserError(
+                f"a loader's worker died ({reason}). If it was short of memory, or of /dev/shm, use fewer "
+                f"--data.workers; {resume_hint}"
+            ) from error
         if out_of_memory(error):
             device = accelerator.device.type
             raise UserError(
@@ -53,18 +61,10 @@ def explained(
                 "batch norm needs more than one image where a map is one pixel: --data.micro_batch_size 2 or more, or "
                 f"larger images; {resume_hint}"
             ) from error
-        in_worker = "in DataLoader worker process" in text  # its own error, raised here again
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in FULL)
-        if full and not in_worker:
+        if full:
             raise UserError(
                 f"the disk is full: {first_line(error)}. What was written before is intact: make room, "
                 f"and {resume_hint}"
-            ) from error
-        if "DataLoader worker (pid" in text or (in_worker and (full or isinstance(error, MemoryError))):
-            reason = text.strip().splitlines()[-1] if in_worker else first_line(error)
-            raise UserError(
-                f"a loader's worker died ({reason}). If it was short of memory, or of /dev/shm, use fewer "
-                f"--data.workers; {resume_hint}"
             ) from error
         if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
             ways = resume_hint if run is None or run.exists() else "what it said itself is the reason"
@@ -78,8 +78,9 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error means out of memory: those that Accelerate knows, and oneDNN's on a CPU."""
-    return should_reduce_batch_size(error) or "could not create a primitive" in str(error)
+    """Whether an error means out of memory: Python's own, those that Accelerate knows, and oneDNN's on a CPU."""
+    known = isinstance(error, MemoryError) or should_reduce_batch_size(error)
+    return known or "could not create a primitive" in str(error)
 
 
 def fitting_micro_batch(

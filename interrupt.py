@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from accelerate import Accelerator
 
-from errors import Interrupted, write_nowhere
+from errors import Interrupted, give_up_stderr
 from processes import AGREE_EVERY, max_over_processes
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -52,7 +52,7 @@ class Interrupt:
                 try:
                     os.write(sys.__stderr__.fileno(), told.encode())
                 except OSError:  # the terminal is closed, or `| tee` died of the same Ctrl-C
-                    write_nowhere(sys.__stdout__, sys.__stderr__)
+                    give_up_stderr()
         elif number == signal.SIGINT and time.monotonic() - self.noted > DOUBLED:
             raise KeyboardInterrupt
 

@@ -123,7 +123,7 @@ def command(processes: int, precision: str, device_type: str, machines: int = 1)
     words = ["ACCELERATE_USE_CPU=true"] if device_type == "cpu" and processes > 1 else []
     words += ["accelerate launch"]
     if device_type == "cpu" and processes == 1 and torch.accelerator.is_available():
-        words += ["--cpu"]
+        words += ["--cpu --num_processes 1"]  # otherwise as many as there are GPUs, of which it starts one
     if processes > 1:
         words += [f"--multi_gpu --num_processes {processes}"]
     if machines > 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlparse
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
@@ -105,10 +106,11 @@ class Tracking:
         if not math.isfinite(loss):
             self._diverged(f"the validation loss is not finite after {title}, whose weights are not kept")
 
-    def check_weights(self, model: nn.Module, title: str) -> None:
-        """UserError if a weight is not finite: without validation no loss tells what an epoch's last update did."""
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            self._diverged(f"weights are no longer finite after {title}, and are not kept")
+    def check_savable(self, model: nn.Module, title: str) -> None:
+        """Wait for the device; UserError if the loss was not finite, or the last update left weights that are not."""
+        self.check_finite()
+        if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+            self._diverged(f"weights are no longer finite in {title}, and are not kept")
 
     def _diverged(self, what: str) -> NoReturn:
         ways = "again with --clip_norm 1 or a lower lr"
@@ -222,7 +224,7 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
     def start():
         project = os.environ.get("WANDB_PROJECT") or PROJECT
         accelerator.init_trackers(project, config=values, init_kwargs={"wandb": options})
-        if accelerator.is_main_process and wandb.run.url:  # it has none offline
+        if accelerator.is_main_process and not wandb.run.offline and wandb.run.url:  # which warns if asked offline
             print(f"W&B: {wandb.run.url}")
 
     def go_offline(why):

@@ -93,14 +93,14 @@ def train(config: Config, resume: Path | None = None) -> Path:
             model.pretrained_cfg = facts["pretrained_cfg"] = saved.facts["pretrained_cfg"]
         for phase in config.phases.values():
             models.freeze_all_but(model, phase.modules)  # reports a misspelt module now, not after the first phase
-        if resume:
-            runs.record(config, run)  # only now that all of it is valid
         set_seed(config.seed, device_specific=True)
         augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         if config.data.micro_batch_size == "auto":
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, augmentation, size, share)
             config = runs.record(config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
+        elif resume:
+            runs.record(config, run)  # only now that all of it is known to be valid
         mix = augment.mixing(config.augment.mix, micro_batch_size)
         if config.cuda_graphs and accelerator.device.type == "cuda":
             augmentation = graphs.Replayed(augmentation)
@@ -175,7 +175,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
                     for _ in tracking.watch(steps, title, total, state.epoch_step):  # each turn is an optimizer step
                         state.end_step(time.perf_counter() - began)
                         if checkpoints.due(state):
-                            tracking.check_finite()
+                            tracking.check_savable(model, title)
                             checkpoints.save(state, metrics)
                         interrupt.check()
                     validated = NOT_JUDGED
@@ -184,9 +184,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
                         validated = validate(accelerator, model, val_batches, transform, micro_batch_size)
                         tracking.check_validated(validated["loss"], title)
                     else:
-                        tracking.check_weights(model, title)
+                        tracking.check_savable(model, title)
                 except Interrupted:
-                    tracking.check_finite()
+                    tracking.check_savable(model, title)
                     checkpoints.save(state, metrics)
                     raise
 

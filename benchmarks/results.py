@@ -67,7 +67,7 @@ def complete(row: Row, run: str, args) -> None:
         if does == "train" and "WEIGHTS" in row.options:
             weights = weights_of(folder, args.weights)
             if weights.is_file():  # a resumed run no longer needs them
-                facts["weights_sha256"] = tensors_digest(weights)
+                facts["weights_tensors_sha256"] = tensors_digest(weights)
         made["sessions"].append(facts)
         write_whole(note, json.dumps(made, indent=1) + "\n")
         code, facts["peak_memory_mib"] = execute(args, [*launcher(made["precision"]), *words], folder)
@@ -104,7 +104,7 @@ def check_startable(row: Row, run: str, args) -> None:
                 f"{made['precision']}; leave the option out",
                 USAGE,
             )
-        weights = {it["weights_sha256"] for it in made["sessions"] if "weights_sha256" in it}
+        weights = {it["weights_tensors_sha256"] for it in made["sessions"] if "weights_tensors_sha256" in it}
         given = weights_given(args.weights) if "WEIGHTS" in row.options else set()
         if given and weights and given != weights:
             raise UserError(

@@ -148,7 +148,7 @@ def how(rows: Finished) -> str:
         if len(precisions) > 1:
             raise UserError(f"{row.name}: its seeds were trained in {' and '.join(precisions)}; train them in one")
         sessions = [session for it in made for session in it["sessions"]]
-        weights = {it["weights_sha256"] for it in sessions if "weights_sha256" in it}
+        weights = {it["weights_tensors_sha256"] for it in sessions if "weights_tensors_sha256" in it}
         if len(weights) > 1:
             raise UserError(f"{row.name}: its seeds started from several weights; train them from the same")
         facts = [

@@ -135,6 +135,7 @@ def long_run(parquet, tmp_path):
         process = subprocess.Popen(
             [*launcher, *args], cwd=ROOT, env=os.environ | (env or {}), stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # pytest may run under nohup
         )  # fmt: skip
         started.append(process)
         history = tmp_path / "run" / "history.jsonl"

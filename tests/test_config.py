@@ -118,7 +118,7 @@ ONE = "phases: {a: {modules: all, epochs: 1, lr: 1}}"
         ("a:\n\tb: 1", "line 2: not valid YAML (found character '\\t'"),
         (f"{ONE}\nseed: yes", "seed: should not be true or false"),
         (f"{ONE}\nseed: .nan", "seed: should be a finite number"),
-        (f"{ONE}\nseed: 0x{'f' * 9999}", "seed: should be less than 2147483648, not a number of thousands of digits"),
+        (f"{ONE}\nseed: 0x{'f' * 9999}", "seed: should be less than 4294901760, not a number of thousands of digits"),
         (f"{ONE}\nrecipe: ../../x", "recipe: '../../x' must be a plain name"),
         (
             "phases: {a.b: {modules: all, epochs: 1, lr: 1}}",

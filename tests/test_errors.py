@@ -42,3 +42,17 @@ def test_an_error_that_nobody_reads_keeps_its_exit_code(opened):
     with open(writer, "wb") as unread:
         result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=unread, stderr=unread)
     assert result.returncode == 130
+
+
+def test_a_log_is_still_written_if_only_the_terminal_beside_it_is_gone(tmp_path):
+    """`python train.py > run.log`: what stands in its buffer belongs there."""
+    script = (
+        "from errors import Interrupted, reported\nwith reported():\n    print('begun')\n    raise Interrupted('', 2)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reader, writer = os.openpty()
+    os.close(reader)
+    with open(writer, "wb") as gone, open(tmp_path / "log", "wb") as log:
+        result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=log, stderr=gone)
+    assert result.returncode == 130
+    assert (tmp_path / "log").read_text() == "begun\n"

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from conftest import error_of, kill_a_child, phase, wait_until
+from numpy._core._exceptions import _ArrayMemoryError
 from test_launch import TORCHRUN, TWO_PROCESSES
 from torch._utils import ExceptionWrapper
 
@@ -32,9 +34,14 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="uses what only Linux
     ("raised", "said"),
     [
         (MemoryError(), r"a loader's worker died \(MemoryError\)\. If it was short of memory"),
+        (_ArrayMemoryError((9,), np.dtype("u1")), r"died \(.*Unable to allocate 9 bytes for .*fewer --data.workers"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            r"died \(RuntimeError: DefaultCPUA.*-data.workers",
+        ),
         (RuntimeError("unable to write </torch_1>: No space left on device (28)"), "died .*No space left.*/dev/shm"),
     ],
-    ids=["memory", "shared memory"],
+    ids=["memory", "NumPy's", "torch's", "shared memory"],
 )
 def test_a_worker_without_memory_is_told(raised, said):
     with pytest.raises(UserError, match=said), faults.explained("go on", Accelerator(cpu=True), 64):

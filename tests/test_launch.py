@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import set_seed
 from conftest import ROOT
 from images import encode, noise, parquet_of
@@ -231,6 +232,7 @@ def test_the_way_on_names_the_precision(make_config, monkeypatch, precision, opt
 
 
 def test_the_way_on_names_processes_and_machines(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     accelerator = SimpleNamespace(num_processes=4, mixed_precision="bf16", device=torch.device("cpu"))
     on_four = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 4 "
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -249,9 +251,14 @@ def test_the_way_on_uploads_what_was_to_be_uploaded(make_config):
 
 
 def test_the_way_on_leads_past_a_gpu_that_the_run_did_not_use(make_config, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     alone = launch.make_accelerator(make_config())
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert launch.resume_hint(alone, "x") == "go on with: accelerate launch --cpu train.py --resume x"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    _, _, options = launch.resume_hint(alone, "x").partition("accelerate launch ")
+    assert options == "--cpu --num_processes 1 train.py --resume x"
+    launched, *_ = _validate_launch_command(launch_command_parser().parse_args(options.split()))
+    assert launched.use_cpu and launched.num_processes == 1
 
 
 @pytest.mark.parametrize("minutes", [0.2, 10, 30])

@@ -196,7 +196,7 @@ def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monk
     assert [(it["does"], it["peak_memory_mib"]) for it in sessions] == [("train", 100), ("train", 200), ("judge", 300)]
     assert all(it["commit"] and it["date"] and it["machine"]["torch"] for it in sessions)
     weights = results.tensors_digest(Path(args.weights))
-    assert [it.get("weights_sha256") for it in sessions] == [weights, weights, None]
+    assert [it.get("weights_tensors_sha256") for it in sessions] == [weights, weights, None]
     config = yaml.safe_load((kept / "config.yaml").read_text())
     assert (config["data"]["source"], config["model"]["weights"], config["output_dir"]) == ("DATA", "WEIGHTS", "runs")
     assert not any("somebody" in path.read_text() for path in kept.rglob("*") if path.is_file())
@@ -218,7 +218,7 @@ def test_the_weights_of_a_run_that_is_resumed_are_those_it_was_started_with(proj
     shutil.rmtree(best)
     results.complete(it, "one-seed0", args)
     sessions = json.loads((results_plan.RESULTS / "one-seed0" / "made.json").read_text())["sessions"]
-    assert [session.get("weights_sha256") for session in sessions] == [its_own, its_own, None]
+    assert [session.get("weights_tensors_sha256") for session in sessions] == [its_own, its_own, None]
 
 
 def test_a_run_that_left_no_folder_is_started_again(project, args, monkeypatch):
@@ -375,7 +375,7 @@ def test_other_weights_are_not_compared(project, args, monkeypatch):
     base = write(row("base", robustness=False, options=results_plan.WEIGHTS), [0.5])
     (made,) = (results_plan.RESULTS / "base-seed0").glob("made.json")
     recorded = made_of(base, "base-seed0")
-    recorded["sessions"][0]["weights_sha256"] = "f" * 64
+    recorded["sessions"][0]["weights_tensors_sha256"] = "f" * 64
     made.write_text(json.dumps(recorded))
     other = row("other", robustness=False, against="base", options=results_plan.WEIGHTS)
     monkeypatch.setattr(results, "execute", lambda *_: pytest.fail("something is trained"))
@@ -503,7 +503,7 @@ def test_seeds_from_several_weights_make_no_row(project, args):
     it = write(row("one", seeds=[0, 1], options=results_plan.WEIGHTS), [0.5, 0.6])
     for seed in (0, 1):
         made = made_of(it, f"one-seed{seed}")
-        made["sessions"][0]["weights_sha256"] = str(seed) * 64
+        made["sessions"][0]["weights_tensors_sha256"] = str(seed) * 64
         (results_plan.RESULTS / f"one-seed{seed}" / "made.json").write_text(json.dumps(made))
     with pytest.raises(UserError, match="one: its seeds started from several weights"):
         results_tables.write_tables([it], args.runs)

@@ -249,7 +249,16 @@ def test_a_diverging_loss_is_told_with_phase_and_step(make_config):
 def test_weights_that_an_epochs_last_update_ruined_are_not_kept_where_nothing_is_validated(make_config):
     data = {"folds": None, "batch_size": 400}  # one step an epoch
     config = make_config({"only": phase(optimizer="sgd", lr=1e38, weight_decay=1e9, epochs=2)}, data=data)
-    refused(config, "weights are no longer finite after phase only, epoch 1, and are not kept. Try .* a lower lr")
+    refused(config, "weights are no longer finite in phase only, epoch 1, and are not kept. Try .* a lower lr")
+
+
+def test_weights_that_an_update_ruined_are_in_no_checkpoint(make_config, tmp_path):
+    """The loss of the step before was finite; a run resumed there would fail again and again."""
+    diverging = phase(optimizer="sgd", lr=1e38, weight_decay=1e9)
+    config = make_config({"first": phase(), "only": diverging}, checkpoint={"every_steps": 1, "keep": 100})
+    refused(config, "weights are no longer finite in phase only, epoch 2")
+    steps = {int(path.name.split("-")[1]) for path in (tmp_path / "runs" / "run" / "checkpoints").glob("0*")}
+    assert steps == set(range(1, 10)), "of the first phase alone"
 
 
 def test_a_label_that_is_no_class_is_told_late_in_a_stream_and_what_was_trained_is_kept(make_config, parquet, tmp_path):

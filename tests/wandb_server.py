@@ -5,8 +5,6 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-PROJECT = {"id": "1", "name": "phases", "entity": {"id": "1", "name": "me"}}
-
 
 class WandbServer:
     """On a free loopback port. `started` lists the ids of runs that began or went on, `projects` where."""
@@ -34,7 +32,8 @@ class WandbServer:
             name = variables["name"]
             self.projects.append(variables["project"])
             self.started += [] if name in self.started[-1:] else [name]
-            return {"upsertBucket": {"bucket": {"id": "1", "name": name, "displayName": name, "project": PROJECT}}}
+            project = {"id": "1", "name": variables["project"], "entity": {"id": "1", "name": "me"}}
+            return {"upsertBucket": {"bucket": {"id": "1", "name": name, "displayName": name, "project": project}}}
         if "createRunFiles" in query:
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []}}  # nowhere to upload them to
         return {}
