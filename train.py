@@ -2,7 +2,7 @@
 
     accelerate launch train.py                                            # Part 3: ResNet-50 on CIFAR-100, two phases
     accelerate launch --mixed_precision bf16 train.py                     # the same in bf16, on a GPU or a CPU
-    accelerate launch --multi_gpu --num_processes 4 train.py              # the same on four GPUs
+    accelerate launch --multi_gpu --num_processes 4 train.py              # the same batches, shared by four GPUs
     accelerate launch train.py --config recipes/deep_cnn.yaml --seed 1    # another recipe, one value overridden
     accelerate launch train.py --resume runs/NAME                         # continue a stopped or killed run
     python train.py --help                                                # every option
