@@ -268,9 +268,9 @@ def test_a_resumed_run_has_no_card_until_it_ends_again(ended, make_config):
     sharing.write_card(run)
     accelerator = Accelerator(cpu=True)
     with pytest.raises(UserError):
-        runs.check_changes(accelerator, make_config(TWO_PHASES, seed=1), run, begun=2)
+        runs.check_changes(accelerator, make_config(TWO_PHASES, seed=1), run, phases_begun=2)
     assert sharing.card_of(run).exists(), "refused, it is what it was"
-    runs.check_changes(accelerator, make_config(TWO_PHASES), run, begun=2)
+    runs.check_changes(accelerator, make_config(TWO_PHASES), run, phases_begun=2)
     assert not sharing.card_of(run).exists()
 
 
@@ -306,7 +306,7 @@ def test_the_option_is_for_one_run_and_free_when_it_is_resumed(make_config, caps
     config = make_config(TWO_PHASES, push_to_hub="user/model")
     with runs.opened(Accelerator(cpu=True), config, None) as run:
         assert read_yaml(run / "config.yaml")["push_to_hub"] is None
-        settled = runs.check_changes(Accelerator(cpu=True), config, run, begun=2)
+        settled = runs.check_changes(Accelerator(cpu=True), config, run, phases_begun=2)
         runs.record(settled, run, micro_batch_size=4)
     assert settled.push_to_hub == "user/model"
     assert read_yaml(run / "config.yaml")["push_to_hub"] is None
