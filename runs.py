@@ -137,11 +137,11 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, phases_be
         if was == now or field.startswith("environment."):
             continue
         section, _, rest = field.partition(".")
-        if field == "data.on_corrupt" and now == "skip":  # nothing has been skipped yet
-            notes.append(f"{field} changes from {json.dumps(was)} to {json.dumps(now)}")
-            continue
         ordering = field == "data.keep_mb" and config.data.streaming  # kept rows are shuffled fully
-        if (ordering or not field.startswith(FREE)) and (section != "phases" or rest.split(".")[0] in names):
+        free = field.startswith(FREE) and not ordering
+        free = free or (field == "data.on_corrupt" and now == "skip")  # so far there was nothing to skip
+        free = free or (section == "phases" and rest.split(".")[0] not in names)
+        if not free:
             why = " (of a stream it decides the order)" if ordering else ""
             raise UserError(
                 f"--resume: {field} was {json.dumps(was)} and can't become {json.dumps(now)} in mid-run{why}; leave it "

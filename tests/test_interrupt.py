@@ -64,6 +64,30 @@ def test_ctrl_c_under_the_launcher(long_run):
     assert_saved(run)
 
 
+# Runs a command in a terminal of its own, which SIGUSR1 closes.
+TERMINAL = """
+import os, pty, signal, sys
+child, screen = pty.fork()
+if not child:
+    os.execv(sys.argv[1], sys.argv[1:])
+signal.signal(signal.SIGUSR1, lambda *_: os.close(screen))
+try:
+    while os.read(screen, 65536):
+        pass
+except OSError:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed(long_run):
+    """Nothing that is written from then on arrives."""
+    process, run = long_run((sys.executable, "-c", TERMINAL, *PYTHON))
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert_saved(run)
+
+
 @pytest.mark.slow
 def test_the_launcher_alone_is_ended(long_run):
     """It passes nothing on; the training sees that it is gone, saves and ends."""
