@@ -88,8 +88,8 @@ def fitting_micro_batch(
 ) -> int:
     """A micro-batch size whose step fits in every phase: a process's share of the batch, halved until it fits.
 
-    Each try uses a copy of the model, and throws it away with everything drawn and computed. Processes don't
-    communicate during a try, but agree after it.
+    Each try uses a copy of the model and some more images than are to fit, and throws everything drawn and computed
+    away. Processes don't communicate during a try, but agree after it.
 
     Args:
         transform: uint8 (B, 3, H, W) to the model's input.
@@ -111,7 +111,10 @@ def fitting_micro_batch(
         error = None
         try:
             for phase in config.phases.values():
-                _try_step(accelerator, model, phase, transform, (micro_batch_size, 3, *size))
+                # An eighth more than asked for: training also holds the batch itself, the next one, and what
+                # accumulates, and leaves memory in pieces that don't fit everything.
+                images = micro_batch_size + micro_batch_size // 8
+                _try_step(accelerator, model, phase, transform, (images, 3, *size))
         except Exception as raised:
             if ONE_VALUE in str(raised):
                 raise UserError(

@@ -104,7 +104,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         mix = augment.mixing(config.augment.mix, micro_batch_size)
         if config.cuda_graphs and accelerator.device.type == "cuda":
             augmentation = graphs.Replayed(augmentation)
-        launch.tune_allocator(accelerator.device)
+        if micro_batch_size == share:
+            launch.tune_allocator(accelerator.device)
         accelerator.gradient_accumulation_steps = share // micro_batch_size
         if config.sync_batch_norm:  # only after the trial steps, in which processes must not wait for one another
             model = models.synchronised(model)

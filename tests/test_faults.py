@@ -240,11 +240,16 @@ def fitting(make_config, model, share):
 
 @pytest.mark.parametrize(("share", "fits"), [(64, 16), (48, 12), (36, 9), (30, 15), (16, 16), (17, 1)])
 def test_sizes_that_divide_the_share_are_tried_downwards(make_config, share, fits):
-    assert fitting(make_config, Small(16), share) == fits
+    assert fitting(make_config, Small(18), share) == fits
+
+
+@pytest.mark.parametrize(("images", "fits"), [(17, 8), (18, 16), (1, 1)])
+def test_an_eighth_more_must_fit(make_config, images, fits):
+    assert fitting(make_config, Small(images), 64) == fits
 
 
 def test_onednn_has_its_own_words_for_memory_that_is_short(make_config):
-    assert fitting(make_config, Small(16, "could not create a primitive"), 64) == 16
+    assert fitting(make_config, Small(18, "could not create a primitive"), 64) == 16
     with pytest.raises(RuntimeError, match="of another kind"):
         fitting(make_config, Small(16, "of another kind"), 64)
 
