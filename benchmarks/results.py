@@ -6,10 +6,11 @@
     python benchmarks/results.py --tables                                  # rebuild the tables
 
 docs/results/plan.yaml lists the runs. Each is trained with the shipped command (benchmarks/patches.py instead of
-train.py if a row names patches), judged under the 19 corruptions, and its small files are copied from runs/NAME-seedN
-to docs/results/NAME-seedN: configuration, history, summary, robustness, and how it was made. A run that was cut short
-is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with its curves and
-the "Measured on" line of recipes are generated from those files; no figure in them is written by hand.
+train.py if a row names patches), judged on the test split under the 19 corruptions and with six views of each image
+averaged (predict.py --tta shifts), and its small files are copied from runs/NAME-seedN to docs/results/NAME-seedN:
+configuration, history, summary, what it was judged at, and how it was made. A run that was cut short is resumed; Ctrl-C
+cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with its curves and the "Measured on"
+line of recipes are generated from those files; no figure in them is written by hand.
 
 This script makes the runs; results_plan.py reads the plan, and results_tables.py writes the tables.
 """
@@ -35,6 +36,7 @@ from results_plan import (
     RESULTS,
     ROBUSTNESS,
     ROOT,
+    VIEWS,
     Row,
     as_planned,
     launcher,
@@ -48,6 +50,8 @@ from results_tables import write_tables
 from errors import USAGE, Interrupted, UserError, reported
 from files import write_whole
 from recipe import read_yaml
+
+TEST_VIEWS = "predictions/test-shifts.json"  # as predict.py writes it
 
 
 def complete(row: Row, run: str, args) -> None:
@@ -79,8 +83,10 @@ def complete(row: Row, run: str, args) -> None:
     if not (folder / "summary.json").is_file():
         own = row.resume(folder) if folder.is_dir() else [*command, "--output_dir", str(args.runs)]
         session("train", *own)
-    if row.robustness and not (folder / ROBUSTNESS).is_file():
+    if row.judged and not (folder / ROBUSTNESS).is_file():
         session("judge", "predict.py", str(folder), "--robustness")
+    if row.judged and not (folder / TEST_VIEWS).is_file():
+        session("judge", "predict.py", str(folder), "--tta", "shifts")
     keep(row, folder, note)
 
 
@@ -190,9 +196,12 @@ def keep(row: Row, folder: Path, note: Path) -> None:
     if config["model"].get("weights"):
         config["model"]["weights"] = "WEIGHTS"
     (unfinished / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    if row.robustness:
+    if row.judged:
         found = json.loads((folder / ROBUSTNESS).read_text(encoding="utf-8"))
         (unfinished / ROBUSTNESS).write_text(json.dumps(found | {"source": "DATA"}) + "\n", encoding="utf-8")
+        views = json.loads((folder / TEST_VIEWS).read_text(encoding="utf-8"))
+        views = {name: views[name] for name in ("split", "tta", "rows", "precision", "loss", "top1", "top5", "ece")}
+        (unfinished / VIEWS).write_text(json.dumps(views) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     unfinished.rename(target)
 

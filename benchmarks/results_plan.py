@@ -26,6 +26,7 @@ ROOT = turns.ROOT
 RESULTS = ROOT / "docs" / "results"
 MADE = "made.json"
 ROBUSTNESS = "predictions/robustness.json"
+VIEWS = "views.json"  # a kept run's test figures with six views of each image averaged
 WEIGHTS = ["--model.weights", "WEIGHTS"]
 MEASURED = r"^(# )Measured on [^\n]*(\n)"  # a recipe's line
 
@@ -41,13 +42,13 @@ class Section(BaseModel):
     recipe: str | None = None
     options: list[str] = []
     seeds: list[int] = [0]
-    robustness: bool = True
+    judged: bool = True
     gpu: bool = False
     against: str | None = None  # the row that each of its rows differs from by one change
     rows: list[dict[str, Any]]
 
     def row(self, part: str, own: dict[str, Any]) -> "Row":
-        common = {"robustness": self.robustness, "seeds": self.seeds, "gpu": self.gpu, "against": self.against}
+        common = {"judged": self.judged, "seeds": self.seeds, "gpu": self.gpu, "against": self.against}
         common |= {"recipe": self.recipe} if self.recipe else {}
         row = Row.model_validate(common | own | {"part": part})
         return row.model_copy(update={"options": [*self.options, *row.options]})
@@ -65,7 +66,7 @@ class Row(BaseModel):
     options: list[str] = []
     patches: list[str] = []
     seeds: list[int] = Field([0], min_length=1)
-    robustness: bool = True
+    judged: bool = True  # under the corruptions, and with six views of each image
     gpu: bool = False  # too much for a CPU
     against: str | None = None
 
@@ -138,9 +139,13 @@ def recipe_of(row: Row) -> Path:
 
 
 def state(row: Row, run: str, runs: Path) -> State:
-    """How far a run is. Done: its files are kept. Changed: it exists, but no longer fits the plan."""
+    """How far a run is. Done: its files are kept. Changed: it exists, but no longer fits the plan.
+
+    A run kept without its views is cut short as long as its weights are there, to be judged.
+    """
     kept, note = RESULTS / run, note_of(runs, run)
-    whole = (kept / MADE).is_file() and ((kept / ROBUSTNESS).is_file() or not row.robustness)
+    judged = (kept / ROBUSTNESS).is_file() and ((kept / VIEWS).is_file() or not (runs / run / "best").is_dir())
+    whole = (kept / MADE).is_file() and (judged or not row.judged)
     if whole and as_planned(row, run, kept, kept / MADE):
         return "done"
     if note.is_file() and as_planned(row, run, runs / run, note):

@@ -3,6 +3,7 @@
 Tables in README.md and docs/results.md, docs/comparison.md with its curves, and the "Measured on" line of recipes.
 """
 
+import json
 import re
 import shlex
 import statistics
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
-from results_plan import MADE, MEASURED, RESULTS, ROOT, Part, Row, launcher, read_made, recipe_of, state
+from results_plan import MADE, MEASURED, RESULTS, ROOT, VIEWS, Part, Row, launcher, read_made, recipe_of, state
 
 import comparison
 import corruptions
@@ -41,6 +42,7 @@ def figures(folder: Path) -> Figures:
         "epochs": len(run.history),
         **{name: best[name] for name in names},
         **{name: run.summary[name] for name in ("test_loss", "test_top1", "minutes")},
+        "views_top1": views_top1(folder / VIEWS),
         "mean15": found.mean15 if found else None,
         "version": found.version if found else None,
         "jump": jump.one - jump.top1 if jump else None,
@@ -50,6 +52,16 @@ def figures(folder: Path) -> Figures:
         "memory": max(memory, default=0) or None,
         "made": made,
     }
+
+
+def views_top1(path: Path) -> float | None:
+    """Test top-1 with six views of each image averaged; None if the run was not judged at that."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["top1"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); restore or delete it") from None
 
 
 def spread(values: list, form: str, scale: float = 1.0) -> str:
@@ -96,6 +108,7 @@ COLUMNS: dict[str, Callable[[list[Figures]], str]] = {
     "val top-1 %": mean_of("val_top1", ".1f", 100),
     "test loss": mean_of("test_loss", ".3f"),
     "test top-1 %": mean_of("test_top1", ".1f", 100),
+    "with six views %": mean_of("views_top1", ".1f", 100),
     "robustness %": robustness,
     "phase change, points": jumps,
     "lr fell after epoch": lambda found: "; ".join(it["fell"] for it in found),
@@ -107,7 +120,7 @@ HEADING = """# The runs of the results, side by side
 
 Written by `python benchmarks/results.py --tables` from the files in [results/](results/). The commands, data, weights
 and machines behind them: [results.md](results.md)."""
-SHORT = ("epochs", "val top-1 %", "test top-1 %", "robustness %", "minutes", "on")
+SHORT = ("epochs", "val top-1 %", "test top-1 %", "with six views %", "robustness %", "minutes", "on")
 Finished = list[tuple[Row, list[Figures]]]
 
 

@@ -162,8 +162,13 @@ def scripted(monkeypatch, it, *ends):
         code, *files = remaining.pop(0)
         for name in files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(run_folders.corrupted("robustness", source=args.data)) if "robust" in name else "{}"
-            (folder / name).write_text(text)
+            judged = {
+                results_plan.ROBUSTNESS: run_folders.corrupted("robustness", source=args.data),
+                results.TEST_VIEWS: run_folders.split(
+                    "test-shifts", ["a", "b"], tta="shifts", source=args.data, precision="bf16", top1=0.777
+                ),
+            }
+            (folder / name).write_text(json.dumps(judged.get(name, {})))
         if "config.yaml" in files:
             tree = yaml.safe_load(results_plan.planned(it, folder.name).to_yaml())
             tree["data"] |= {"source": args.data, "streaming": False}
@@ -179,24 +184,27 @@ FILES = ("config.yaml", "history.jsonl", "summary.json")
 
 
 def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monkeypatch):
-    it = row("one", robustness=True, options=results_plan.WEIGHTS)
-    said = scripted(monkeypatch, it, (1, "checkpoints/1/state"), (0, *FILES), (0, results_plan.ROBUSTNESS))
+    it = row("one", judged=True, options=results_plan.WEIGHTS)
+    judged = [(0, results_plan.ROBUSTNESS), (0, results.TEST_VIEWS)]
+    said = scripted(monkeypatch, it, (1, "checkpoints/1/state"), (0, *FILES), *judged)
     with pytest.raises(UserError, match="one-seed0: that command ended with exit code 1"):
         results.complete(it, "one-seed0", args)
     assert results_plan.state(it, "one-seed0", args.runs) == "cut short"
     results.complete(it, "one-seed0", args)
-    assert [words[5:7] for words in said] == [["bf16", "train.py"], ["bf16", "train.py"], ["bf16", "predict.py"]]
+    assert [words[5:7] for words in said] == 2 * [["bf16", "train.py"]] + 2 * [["bf16", "predict.py"]]
+    assert [words[8:] for words in said[2:]] == [["--robustness"], ["--tta", "shifts"]]
     assert "--resume" in said[1] and "--resume" not in said[0]
     assert results_plan.state(it, "one-seed0", args.runs) == "done"
     kept = project / "docs" / "results" / "one-seed0"
     assert {str(path.relative_to(kept)) for path in kept.rglob("*") if path.is_file()} == {
-        *FILES, results_plan.ROBUSTNESS, "made.json"
+        *FILES, results_plan.ROBUSTNESS, "views.json", "made.json"
     }  # fmt: skip
     sessions = json.loads((kept / "made.json").read_text())["sessions"]
-    assert [(it["does"], it["peak_memory_mib"]) for it in sessions] == [("train", 100), ("train", 200), ("judge", 300)]
+    done = [(it["does"], it["peak_memory_mib"]) for it in sessions]
+    assert done == [("train", 100), ("train", 200), ("judge", 300), ("judge", 400)]
     assert all(it["commit"] and it["date"] and it["machine"]["torch"] for it in sessions)
     weights = results.tensors_digest(Path(args.weights))
-    assert [it.get("weights_tensors_sha256") for it in sessions] == [weights, weights, None]
+    assert [it.get("weights_tensors_sha256") for it in sessions] == [weights, weights, None, None]
     config = yaml.safe_load((kept / "config.yaml").read_text())
     assert (config["data"]["source"], config["model"]["weights"], config["output_dir"]) == ("DATA", "WEIGHTS", "runs")
     assert not any("somebody" in path.read_text() for path in kept.rglob("*") if path.is_file())
@@ -204,7 +212,7 @@ def test_a_run_that_was_cut_short_is_resumed_judged_and_kept(project, args, monk
 
 def test_the_weights_of_a_run_that_is_resumed_are_those_it_was_started_with(project, args, tmp_path, monkeypatch):
     """Whatever --weights is now. From a checkpoint it goes on without them, if they are gone."""
-    it, best = row("one", robustness=False, options=results_plan.WEIGHTS), tmp_path / "best"
+    it, best = row("one", judged=False, options=results_plan.WEIGHTS), tmp_path / "best"
     best.mkdir()
     save_file({"its own": torch.ones(1)}, best / "model.safetensors")
     its_own = results.tensors_digest(best / "model.safetensors")
@@ -222,7 +230,7 @@ def test_the_weights_of_a_run_that_is_resumed_are_those_it_was_started_with(proj
 
 
 def test_a_run_that_left_no_folder_is_started_again(project, args, monkeypatch):
-    it = row("one", robustness=False)
+    it = row("one", judged=False)
     said = scripted(monkeypatch, it, (1,), (0, *FILES))
     with pytest.raises(UserError):
         results.complete(it, "one-seed0", args)
@@ -231,7 +239,7 @@ def test_a_run_that_left_no_folder_is_started_again(project, args, monkeypatch):
 
 
 def test_a_row_that_has_changed_is_not_gone_on_with_and_not_in_the_tables(project, args, monkeypatch):
-    before, after = row("one", robustness=False), row("one", robustness=False, options=["--seed", "3"])
+    before, after = row("one", judged=False), row("one", judged=False, options=["--seed", "3"])
     scripted(monkeypatch, before, (1, "checkpoints/1/state"))
     with pytest.raises(UserError):
         results.complete(before, "one-seed0", args)
@@ -244,7 +252,7 @@ def test_a_row_that_has_changed_is_not_gone_on_with_and_not_in_the_tables(projec
 
 
 def test_a_recipe_that_has_changed_takes_its_figures_with_it(project, args):
-    it = write(row("resnet50", options=results_plan.WEIGHTS, robustness=False), [0.5])
+    it = write(row("resnet50", options=results_plan.WEIGHTS, judged=False), [0.5])
     assert results_plan.state(it, "resnet50-seed0", args.runs) == "done"
     recipe = project / "recipes" / "resnet50.yaml"
     recipe.write_text(recipe.read_text().replace("epochs: 40", "epochs: 41"))
@@ -255,7 +263,7 @@ def test_a_recipe_that_has_changed_takes_its_figures_with_it(project, args):
 
 @pytest.mark.parametrize("files", [("config.yaml",), ("config.yaml", "history.jsonl", "summary.json")])
 def test_what_was_begun_with_another_recipe_is_not_gone_on_with(project, args, monkeypatch, files):
-    it = row("one", options=results_plan.WEIGHTS, robustness=False)
+    it = row("one", options=results_plan.WEIGHTS, judged=False)
     said = scripted(monkeypatch, it, (1, *files))
     with pytest.raises(UserError):
         results.complete(it, "one-seed0", args)
@@ -269,10 +277,28 @@ def test_what_was_begun_with_another_recipe_is_not_gone_on_with(project, args, m
 
 
 def test_a_row_whose_robustness_is_wanted_now_is_not_done(project, args):
-    it = write(row("one", robustness=False), [0.5])
+    it = write(row("one", judged=False), [0.5])
     assert results_plan.state(it, "one-seed0", args.runs) == "done"
     (results_plan.RESULTS / "one-seed0" / results_plan.ROBUSTNESS).unlink()
-    assert results_plan.state(row("one", robustness=True), "one-seed0", args.runs) == "changed"
+    assert results_plan.state(row("one", judged=True), "one-seed0", args.runs) == "changed"
+
+
+def test_a_kept_run_is_judged_with_six_views_as_long_as_its_weights_are_there(project, args, monkeypatch):
+    it = write(row("one"), [0.5])
+    assert results_plan.state(it, "one-seed0", args.runs) == "done"
+    made = run_folders.write_run(args.runs / "one-seed0", {"head": 1})
+    (made / "config.yaml").write_text(results_plan.planned(it, "one-seed0").to_yaml())
+    shutil.copy(results_plan.RESULTS / "one-seed0" / "summary.json", made)
+    run_folders.write_predictions(made, run_folders.corrupted("robustness"))
+    shutil.copy(results_plan.RESULTS / "one-seed0" / "made.json", results_plan.note_of(args.runs, "one-seed0"))
+    assert results_plan.state(it, "one-seed0", args.runs) == "done", "its best/ is gone"
+    (made / "best").mkdir()
+    assert results_plan.state(it, "one-seed0", args.runs) == "cut short"
+    said = scripted(monkeypatch, it, (0, results.TEST_VIEWS))
+    results.complete(it, "one-seed0", args)
+    assert [words[8:] for words in said] == [["--tta", "shifts"]]
+    assert results_plan.state(it, "one-seed0", args.runs) == "done"
+    assert results_tables.figures(results_plan.RESULTS / "one-seed0")["views_top1"] == 0.777
 
 
 def test_seeds_of_several_precisions_make_no_row(project, args):
@@ -319,7 +345,7 @@ def test_a_small_row_from_its_command_to_its_table(project, parquet, tmp_path, m
 
 
 def test_an_average_of_weights_is_started_again(project, args, monkeypatch, capsys):
-    it = row("one", robustness=False, patches=["ema"])
+    it = row("one", judged=False, patches=["ema"])
     said = scripted(monkeypatch, it, (1, "config.yaml", "checkpoints/1/state"), (0, *FILES))
     with pytest.raises(UserError):
         results.complete(it, "one-seed0", args)
@@ -336,7 +362,7 @@ def run_all(monkeypatch, args, plan, *options):
 
 
 def test_a_row_that_fails_or_is_in_the_way_does_not_keep_the_others(project, args, monkeypatch, capsys):
-    rows = [row(name, robustness=False) for name in ("one", "two", "three")]
+    rows = [row(name, judged=False) for name in ("one", "two", "three")]
     (args.runs / "two-seed0").mkdir(parents=True)
     scripted(monkeypatch, rows[2], (1,), (0, *FILES))
     monkeypatch.setattr(results, "write_tables", lambda *_: None)
@@ -352,15 +378,15 @@ def test_ctrl_c_stops_them_all(project, args, monkeypatch):
 
     monkeypatch.setattr(results, "execute", execute)
     with pytest.raises(Interrupted):
-        run_all(monkeypatch, args, [row(name, robustness=False) for name in ("one", "two")])
+        run_all(monkeypatch, args, [row(name, judged=False) for name in ("one", "two")])
     assert [path.name for path in args.runs.iterdir()] == ["one-seed0.made.json"]
 
 
 def test_a_new_run_is_trained_in_the_precision_of_what_it_stands_beside(project, args, monkeypatch):
-    base = write(row("base", robustness=False), [0.5])
+    base = write(row("base", judged=False), [0.5])
     (made,) = (results_plan.RESULTS / "base-seed0").glob("made.json")
     made.write_text(json.dumps(made_of(base, "base-seed0", precision="bf16")))
-    other = row("other", robustness=False, against="base")
+    other = row("other", judged=False, against="base")
     said = scripted(monkeypatch, other, (0, *FILES))
     monkeypatch.setattr(results, "write_tables", lambda *_: None)
     run_all(monkeypatch, args, [base, other])
@@ -372,12 +398,12 @@ def test_a_new_run_is_trained_in_the_precision_of_what_it_stands_beside(project,
 
 
 def test_other_weights_are_not_compared(project, args, monkeypatch):
-    base = write(row("base", robustness=False, options=results_plan.WEIGHTS), [0.5])
+    base = write(row("base", judged=False, options=results_plan.WEIGHTS), [0.5])
     (made,) = (results_plan.RESULTS / "base-seed0").glob("made.json")
     recorded = made_of(base, "base-seed0")
     recorded["sessions"][0]["weights_tensors_sha256"] = "f" * 64
     made.write_text(json.dumps(recorded))
-    other = row("other", robustness=False, against="base", options=results_plan.WEIGHTS)
+    other = row("other", judged=False, against="base", options=results_plan.WEIGHTS)
     monkeypatch.setattr(results, "execute", lambda *_: pytest.fail("something is trained"))
     with pytest.raises(
         UserError,
@@ -531,6 +557,10 @@ def test_damage_is_told(project, args):
     it = write(row("one"), [0.5])
     (results_plan.RESULTS / "one-seed0" / "predictions" / "robustness.json").write_text("{")
     with pytest.raises(UserError, match=r"one-seed0 is damaged: predictions/robustness\.json is left out"):
+        results_tables.write_tables([it], args.runs)
+    write(row("one"), [0.5])
+    (results_plan.RESULTS / "one-seed0" / "views.json").write_text("{")
+    with pytest.raises(UserError, match=r"one-seed0.views\.json is damaged"):
         results_tables.write_tables([it], args.runs)
 
 
