@@ -93,6 +93,12 @@ class DataConfig(_Section):
         "(or train/CLASS/..., test/CLASS/...); or 'embedded': small images drawn by code",
     )
     subset: str | None = Field(None, min_length=1, description="which subset of a hub dataset, if it has several")
+    revision: str | None = Field(
+        None,
+        min_length=1,
+        description="which commit, branch or tag of a hub dataset; config.yaml records its commit, which a resumed run "
+        "and predict.py read again (default: the newest; without a connection, what is in the cache)",
+    )
     streaming: bool | None = Field(
         None,
         description="true: the main process reads rows as they arrive and hands out batches; false: download first, "

@@ -26,7 +26,7 @@ from config import Config, hub_id
 from errors import USAGE, UserError, reported
 from recipe import overridden, read_yaml
 
-WHICH_DATA = ("source", "subset", "train_split", "test_split", "image", "label")
+WHICH_DATA = ("source", "subset", "revision", "train_split", "test_split", "image", "label")
 HOW_READ = ("streaming", "keep_mb", "on_corrupt", "workers", "batch_size", "micro_batch_size")
 
 
@@ -98,8 +98,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
                 f"{args.run} has no {needed}: the run has not finished an epoch, or lost its weights", USAGE
             )
     tree, overrides = read_yaml(path), {key: value for key, value in vars(args).items() if key.startswith("data.")}
-    if "data.source" in overrides:  # the run's subset is of its own source
-        overrides = {"data.subset": "null"} | overrides
+    if "data.source" in overrides:  # the run's subset and revision are of its own source
+        overrides = {"data.subset": "null", "data.revision": "null"} | overrides
     # Turn off augmentation, and mixing, which would reject a batch size of 1.
     config = overridden(tree | {"tracking": "none", "augment": {"policy": "none"}}, overrides, path)
     # The weights are the run's own, so only the data may have to come from the hub.

@@ -280,6 +280,7 @@ def _head(config: Config, kind: str, source: str, base_model: str | None, figure
             task_type="image-classification",
             dataset_type=source if kind == "hub" else kind,
             dataset_name=_line(source),
+            dataset_revision=config.data.revision if kind == "hub" else None,
             dataset_config=config.data.subset and _line(config.data.subset),
             dataset_split=_line(figure.split),
             metric_type="loss" if figure.name == "loss" else "accuracy",

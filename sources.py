@@ -28,8 +28,11 @@ def open_splits(config: DataConfig) -> Mapping:
         UserError: the source can't be loaded.
     """
     kind, streams = config.kind, config.streams
-    if config.subset and kind != "hub":
-        raise UserError(f"data.subset: only datasets on the hub have subsets, and {config.source} is not there", USAGE)
+    for option in ("subset", "revision"):
+        if getattr(config, option) and kind != "hub":
+            raise UserError(
+                f"data.{option}: only datasets on the hub have {option}s, and {config.source} is not there", USAGE
+            )
     try:
         if kind == "embedded":
             return embedded_splits(config.embedded_rows, streams)
@@ -43,9 +46,9 @@ def open_splits(config: DataConfig) -> Mapping:
             splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
             return dict.fromkeys(others) | splits
         if streams and hub.data_offline():  # streams are not cached: stream an earlier download instead
-            kept = datasets.load_dataset(config.source, config.subset)
+            kept = datasets.load_dataset(config.source, config.subset, revision=config.revision)
             return {name: split.to_iterable_dataset() for name, split in kept.items()}
-        return datasets.load_dataset(config.source, config.subset, streaming=streams)
+        return datasets.load_dataset(config.source, config.subset, revision=config.revision, streaming=streams)
     except UserError:
         raise
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's

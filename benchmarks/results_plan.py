@@ -177,7 +177,7 @@ def without_place(config: Config) -> Config:
         config,
         run_name=None,
         output_dir="runs",
-        data=dataclasses.replace(config.data, source="DATA", streaming=None),
+        data=dataclasses.replace(config.data, source="DATA", streaming=None, revision=None),
         model=dataclasses.replace(config.model, weights=weights),
     )
 

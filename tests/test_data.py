@@ -21,6 +21,12 @@ def load(source, **values):
     return data.load(DataConfig(source=str(source), **({"workers": 0} | values)))
 
 
+@pytest.mark.parametrize("option", ["subset", "revision"])
+def test_what_only_the_hub_has_is_not_looked_for_elsewhere(option):
+    with pytest.raises(UserError, match=f"data.{option}: only datasets on the hub have {option}s, and embedded is not"):
+        load("embedded", **{option: "x"})
+
+
 def encoded(dataset, column):
     return sorted(row[column]["bytes"] for row in dataset)
 

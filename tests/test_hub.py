@@ -10,20 +10,23 @@ import sys
 import threading
 import time
 import urllib.error
+from functools import partialmethod
 from itertools import chain, cycle, islice, repeat
 
 import datasets
 import pytest
 import timm
 import torch
+import yaml
 from hub_server import COMMIT, FAULTS, HubServer
-from huggingface_hub import constants, get_session
+from huggingface_hub import HfApi, constants, get_session
 from images import encode, noise
 from safetensors.torch import load_file, save_file
 
 import hub
 import sources
 from commandline import parse
+from config import DataConfig
 from errors import UserError
 from recipe import RECIPES
 
@@ -76,6 +79,11 @@ def test_part_3_runs_from_the_hub_streamed(server, command, tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"timm's pretrained {name} from timm/{name}" in result.stdout
     assert "streamed" in result.stdout
+    # The commit that was the newest is recorded, and all data are of it, whatever comes after.
+    recorded = yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())["data"]["revision"]
+    asked = [path for _, path in server.requests if "/datasets/uoft-cs/cifar100" in path]
+    assert recorded == COMMIT
+    assert "/revision/" not in asked[0] and all(COMMIT in path for path in asked[1:]), asked
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert 0 <= summary["test_top1"] <= 1
     # The frozen stem still is what the hub served, and the normalisation is that of these weights.
@@ -250,6 +258,22 @@ def test_the_hub_is_not_asked_when_nothing_is_wanted_from_it(monkeypatch, server
     hub.check(parse([])[0])
     assert server.requests[before:] == [("HEAD", "/")]
     assert not hub.offline()
+
+
+@pytest.mark.parametrize(
+    "values, commit, asked",
+    [
+        ({}, COMMIT, ["/api/datasets/uoft-cs/cifar100"]),
+        ({"revision": "v1"}, COMMIT, ["/api/datasets/uoft-cs/cifar100/revision/v1"]),
+        ({"source": "nobody/nothing"}, None, ["/api/datasets/nobody/nothing"]),
+        ({"source": "embedded"}, None, []),
+    ],
+)
+def test_a_revision_becomes_the_commit_that_it_means(failing, monkeypatch, values, commit, asked):
+    hub_server = failing()
+    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=hub_server.url))
+    assert hub.commit(DataConfig(**values)) == commit
+    assert [path for _, path in hub_server.requests] == asked
 
 
 @pytest.mark.parametrize(

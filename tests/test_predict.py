@@ -247,6 +247,17 @@ def test_figures_of_chosen_data_replace_none_of_the_runs_own(run):
     assert figures(run, "test-validation")["rows"] < 80
 
 
+def test_other_data_have_no_part_in_what_is_chosen_of_the_runs_own(run):
+    """Which subset of them, and which commit."""
+    path = run / "config.yaml"
+    recorded = path.read_text()
+    path.write_text(recorded.replace("revision: null", "revision: '0123456'").replace("subset: null", "subset: part"))
+    own, other = (predict.parse([str(run), *more])[1].data for more in ([], ["--data.source", "uoft-cs/cifar10"]))
+    path.write_text(recorded)
+    assert (own.revision, own.subset) == ("0123456", "part")
+    assert (other.revision, other.subset) == (None, None)
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(run, command, files, pictures):
     """Images that differ in size, too, which come in batches of different shapes."""

@@ -138,6 +138,11 @@ def test_a_subset_is_named(ended):
     assert {result.dataset_config for result in ModelCard(text).data.eval_results} == {"part"}
 
 
+def test_the_commit_of_a_dataset_is_named(ended):
+    text = card_text(ended(data={"source": "uoft-cs/cifar100", "revision": "0123456"}))
+    assert {result.dataset_revision for result in ModelCard(text).data.eval_results} == {"0123456"}
+
+
 def test_a_patched_run_says_so(ended):
     rows = rows_of(card_text(ended(recipe="resnet50..ema.unaugmented")))
     assert rows["Patches (benchmarks/patches&#46;py), which the rest does not tell of"] == ["ema, unaugmented"]
