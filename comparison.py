@@ -252,16 +252,22 @@ def _validation_rows(run: Run) -> int | None:
 # ---- how runs were made ---------------------------------------------------------------------------------------------
 
 
+MISSING = ("-", "-")
+
+
 def differences(runs: list[Run]) -> Table | None:
-    """The configuration fields that differ, a row each, a column per run; None for a single run."""
+    """The configuration fields that differ, a row each, a column per run; None for a single run.
+
+    A field that is null tells no more than one that a run does not have, as those of earlier code.
+    """
     if len(runs) < 2:
         return None
     flat = [_flat(run.config) for run in runs]
     fields = sorted(set().union(*flat) - set(UNTOLD), key=lambda field: (field.startswith("environment."), field))
     rows = []
     for field in fields:
-        values = [found.get(field, ("-", "-")) for found in flat]
-        if len(set(values)) > 1:
+        values = [found.get(field, MISSING) for found in flat]
+        if len(set(values)) > 1 and set(values) != {MISSING, ("null", "null")}:
             rows.append([shown(field), *_cells(values)])
     return Table(["field", *(run.name for run in runs)], rows)
 

@@ -189,6 +189,12 @@ def test_numbers_are_not_taken_for_true_and_false(make):
     assert comparison.differences(runs).rows == [["data.workers", "1", "true", "null"]]
 
 
+def test_a_field_that_earlier_code_did_not_have_is_told_if_it_says_something(make):
+    runs = [make("a"), make("b", data={"revision": None}), make("c", data={"revision": "0123456"})]
+    assert "data.revision" not in [row[0] for row in comparison.differences(runs[:2]).rows]
+    assert ["data.revision", "-", "null", "0123456"] in comparison.differences(runs).rows
+
+
 def test_what_differs_is_told_however_long_or_alike(make):
     modules = [f"stage{i}.block" for i in range(12)]
     runs = [
