@@ -96,8 +96,8 @@ class DataConfig(_Section):
     revision: str | None = Field(
         None,
         min_length=1,
-        description="which commit, branch or tag of a hub dataset; config.yaml records its commit, which a resumed run "
-        "and predict.py read again (default: the newest; without a connection, what is in the cache)",
+        description="which commit, branch or tag of a hub dataset; config.yaml records the commit, which a resumed run "
+        "and predict.py read again (default: the newest; without a connection, the one in the cache)",
     )
     streaming: bool | None = Field(
         None,
@@ -173,8 +173,15 @@ class DataConfig(_Section):
 
     @property
     def named(self) -> str:
-        """The source as messages name it: with its subset, if one is chosen."""
-        return f"{self.source}, subset {self.subset}" if self.subset else self.source
+        """The source as messages name it: with its subset and revision, if these are chosen."""
+        subset = f", subset {self.subset}" if self.subset else ""
+        revision = f" at {self.commit[:12] if self.commit else self.revision}" if self.revision else ""
+        return f"{self.source}{subset}{revision}"
+
+    @property
+    def commit(self) -> str | None:
+        """The revision, if it is a whole commit: branches and tags may move."""
+        return self.revision if re.fullmatch("[0-9a-f]{40}", self.revision or "") else None
 
     @property
     def kind(self) -> Literal["embedded", "parquet", "folder", "hub"]:

@@ -111,9 +111,9 @@ def fitting_micro_batch(
         error = None
         try:
             for phase in config.phases.values():
-                # An eighth more than asked for: training also holds the batch itself, the next one, and what
-                # accumulates, and leaves memory in pieces that don't fit everything.
-                images = micro_batch_size + micro_batch_size // 8
+                # About an eighth more, as training holds more than a step does, and leaves memory in pieces. One image
+                # must do, as there is no smaller step.
+                images = micro_batch_size + (micro_batch_size + 6) // 8
                 _try_step(accelerator, model, phase, transform, (images, 3, *size))
         except Exception as raised:
             if ONE_VALUE in str(raised):

@@ -19,7 +19,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from config import Config, DataConfig
+from config import Config
 from errors import UserError
 from text import PASSWORD
 
@@ -70,22 +70,6 @@ def check(config: Config, resume: Path | None = None) -> None:
         raise unreachable(f"timm's pretrained {config.model.name}")
     if os.environ.get("RANK", "0") == "0":
         print(f"The hub ({endpoint()}) can't be reached: using only what is in this machine's cache.", file=sys.stderr)
-
-
-def commit(config: DataConfig) -> str | None:
-    """The commit that a hub dataset's revision means at present; as it is given, if the hub can't say.
-
-    Then loading the data says what is wrong, or finds them in the cache.
-    """
-    if config.kind != "hub" or data_offline():
-        return config.revision
-    from huggingface_hub import HfApi  # not above: it reads the environment when imported
-    from huggingface_hub.utils import httpx
-
-    try:
-        return HfApi().dataset_info(config.source, revision=config.revision).sha
-    except (httpx.HTTPError, OSError, ValueError):
-        return config.revision
 
 
 def _folder(variable: str, otherwise: Path) -> Path:

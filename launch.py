@@ -219,11 +219,11 @@ def has_tf32() -> bool:
 
 
 def tune_allocator(device: torch.device) -> None:
-    """For training on a CPU: let glibc's allocator keep freed memory, since the next step needs it again.
+    """On a CPU: let glibc's allocator keep freed memory, since the next step needs it again.
 
     Otherwise each step's activations go back to the kernel and are fetched anew, page by page. Not for trial steps:
-    memory kept from one that was too large would be missing in the next. Nor where memory is short: what is kept lies
-    in pieces.
+    memory kept from one that was too large would be missing in the next. Nor where a batch goes through the model in
+    parts, as memory may be short: what is kept lies in pieces.
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # glibc's malloc.h

@@ -98,8 +98,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
                 f"{args.run} has no {needed}: the run has not finished an epoch, or lost its weights", USAGE
             )
     tree, overrides = read_yaml(path), {key: value for key, value in vars(args).items() if key.startswith("data.")}
-    if "data.source" in overrides:  # the run's subset and revision are of its own source
-        overrides = {"data.subset": "null", "data.revision": "null"} | overrides
     # Turn off augmentation, and mixing, which would reject a batch size of 1.
     config = overridden(tree | {"tracking": "none", "augment": {"policy": "none"}}, overrides, path)
     # The weights are the run's own, so only the data may have to come from the hub.
@@ -197,13 +195,14 @@ def predict(args: argparse.Namespace, config: Config) -> None:
     # A run trained on a GPU can be judged anywhere: do not demand a GPU for it.
     config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and launch.has_tf32())
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
-    launch.tune_allocator(accelerator.device)
     folder = args.run / "predictions"
     with raised_on_all(accelerator), writing(folder):
         folder.mkdir(exist_ok=True)
         if args.output and not os.path.isdir(args.output.absolute().parent):
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)
-    micro_batch_size = launch.share_of_batch(config, accelerator)[1]
+    share, micro_batch_size = launch.share_of_batch(config, accelerator)
+    if micro_batch_size == share:
+        launch.tune_allocator(accelerator.device)
     with faults.explained("then run predict.py again", accelerator, micro_batch_size), launch.ended(accelerator):
         model = Classifier(accelerator, config, args.run, args.tta)
         if args.images:

@@ -103,7 +103,13 @@ def check(tree: dict, origin: str) -> Config:
 
 
 def overridden(tree: dict, overrides: dict[str, str], path: Path) -> Config:
-    """The tree of a file with single values replaced (`{"phases.finetune.lr": "3e-5"}`), checked."""
+    """The tree of a file with single values replaced (`{"phases.finetune.lr": "3e-5"}`), checked.
+
+    A subset and a revision are those of the file's own data.source: they go with it.
+    """
+    data = tree.get("data")
+    if isinstance(data, dict) and overrides.get("data.source", data.get("source")) != data.get("source"):
+        tree = tree | {"data": {name: data[name] for name in data if name not in ("subset", "revision")}}
     for dotted, text in overrides.items():
         _set(tree, dotted, text)
     return check(tree, f"{path} and command line" if overrides else str(path))

@@ -12,9 +12,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-import hub
 import launch
 import sharing
+import sources
 from checkpoint import begun
 from config import Config
 from errors import USAGE, Interrupted, UserError
@@ -76,7 +76,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
 def settled(accelerator: Accelerator, config: Config) -> Config:
     """A new run's configuration with what depends on this machine and day: its environment, whether data are streamed,
     and a hub dataset's commit."""
-    revision = on_main(lambda: hub.commit(config.data))
+    revision = on_main(lambda: sources.commit(config.data))
     data = dataclasses.replace(config.data, streaming=config.data.streams, revision=revision)
     return dataclasses.replace(config, data=data, environment=launch.environment(accelerator))
 
@@ -123,7 +123,7 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, phases_be
     micro = config.data.micro_batch_size
     if micro == "auto":  # as the run's recipe says again; the run has settled it, unless it began without
         micro = before.data.micro_batch_size or micro
-    revision = config.data.revision or before.data.revision
+    revision = config.data.commit or before.data.revision or config.data.revision  # a branch may have moved
     data = dataclasses.replace(config.data, streaming=config.data.streams, micro_batch_size=micro, revision=revision)
     if script_of(config.recipe) != script_of(before.recipe):
         started, now = (" ".join(script_of(it.recipe)).removesuffix(" --") for it in (before, config))

@@ -45,10 +45,13 @@ def open_splits(config: DataConfig) -> Mapping:
                 return dict.fromkeys(others)
             splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
             return dict.fromkeys(others) | splits
-        if streams and hub.data_offline():  # streams are not cached: stream an earlier download instead
-            kept = datasets.load_dataset(config.source, config.subset, revision=config.revision)
-            return {name: split.to_iterable_dataset() for name, split in kept.items()}
-        return datasets.load_dataset(config.source, config.subset, revision=config.revision, streaming=streams)
+        builder = _hub_builder(config)
+        if streams and not hub.data_offline():
+            return builder.as_streaming_dataset()
+        builder.download_and_prepare()
+        kept = builder.as_dataset()
+        # Streams are not cached: without a connection, stream an earlier download.
+        return {name: split.to_iterable_dataset() for name, split in kept.items()} if streams else kept
     except UserError:
         raise
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
@@ -67,6 +70,40 @@ def open_splits(config: DataConfig) -> Mapping:
             if empty:
                 reason = f"{Path(config.source) / empty[0]} holds no images"
         raise UserError(f"data.source: {config.source} can't be loaded: {reason}") from error
+
+
+def _hub_builder(config: DataConfig) -> datasets.DatasetBuilder:
+    """What reads a hub dataset, of the commit that is asked for. Its `hash` is the commit.
+
+    Raises:
+        UserError: the hub is silent, and the cache's newest commit, which `datasets` takes then, is another.
+    """
+    builder = datasets.load_dataset_builder(config.source, config.subset, revision=config.revision)
+    if config.commit and builder.hash != config.commit:
+        raise UserError(
+            f"data.revision: {config.source} at {config.commit} is wanted, and the hub does not answer: the newest in "
+            f"this machine's cache is {builder.hash}. Connect, or start a new run, which reads that"
+        )
+    return builder
+
+
+def commit(config: DataConfig) -> str | None:
+    """The commit of a hub dataset that a run reads, for its config.yaml; for other sources, what is configured.
+
+    Raises:
+        UserError: a branch or tag is asked for, and the hub can't be, which commit that means.
+    """
+    if config.kind != "hub":
+        return config.revision
+    if config.revision and not config.commit and hub.data_offline():
+        raise UserError(
+            f"data.revision: without the hub ({hub.endpoint()}) nobody knows which commit {config.revision} is; give "
+            "all 40 digits of a commit, or nothing for the newest in this machine's cache"
+        )
+    try:
+        return _hub_builder(config).hash
+    except Exception:  # opening the splits fails, too, and explains it
+        return config.revision
 
 
 def embedded_splits(rows: int, streams: bool) -> dict:

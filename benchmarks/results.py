@@ -39,6 +39,7 @@ from results_plan import (
     VIEWS,
     Row,
     as_planned,
+    lacks_views,
     launcher,
     note_of,
     read_made,
@@ -235,9 +236,11 @@ def main() -> None:
         for row in (row for row in wanted if row.gpu):
             print(f"{row.name} is left out, since it is for a GPU: --run {row.name} trains it here, too")
         wanted = [row for row in wanted if not row.gpu]
-    missing = [(row, run) for row in wanted for run in row.runs() if state(row, run, args.runs) != "done"]
-    if lacking := [row.name for row, _ in missing if "WEIGHTS" in row.options and not args.weights]:
+    runs = [(row, run) for row in wanted for run in row.runs()]
+    untrained = [it for it in runs if state(*it, args.runs) != "done"]
+    if lacking := [row.name for row, _ in untrained if "WEIGHTS" in row.options and not args.weights]:
         raise UserError(f"--weights: {lacking[0]} needs them; or name other rows after --run", USAGE)
+    missing = untrained + [it for it in runs if it not in untrained and lacks_views(*it, args.runs)]
     for row, run in list(missing):
         try:
             check_startable(row, run, args)

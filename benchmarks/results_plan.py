@@ -139,18 +139,22 @@ def recipe_of(row: Row) -> Path:
 
 
 def state(row: Row, run: str, runs: Path) -> State:
-    """How far a run is. Done: its files are kept. Changed: it exists, but no longer fits the plan.
-
-    A run kept without its views is cut short as long as its weights are there, to be judged.
-    """
+    """How far a run is. Done: its files are kept. Changed: it exists, but no longer fits the plan."""
     kept, note = RESULTS / run, note_of(runs, run)
-    judged = (kept / ROBUSTNESS).is_file() and ((kept / VIEWS).is_file() or not (runs / run / "best").is_dir())
-    whole = (kept / MADE).is_file() and (judged or not row.judged)
+    whole = (kept / MADE).is_file() and ((kept / ROBUSTNESS).is_file() or not row.judged)
     if whole and as_planned(row, run, kept, kept / MADE):
         return "done"
     if note.is_file() and as_planned(row, run, runs / run, note):
         return "cut short"
     return "changed" if kept.exists() or note.is_file() else "missing"
+
+
+def lacks_views(row: Row, run: str, runs: Path) -> bool:
+    """Whether a kept run, made before runs were judged with six views, can still be: its weights are there."""
+    note = note_of(runs, run)
+    if not row.judged or (RESULTS / run / VIEWS).is_file() or not note.is_file():
+        return False
+    return (runs / run / "best").is_dir() and as_planned(row, run, runs / run, note)
 
 
 def as_planned(row: Row, run: str, folder: Path, made: Path) -> bool:
@@ -171,7 +175,7 @@ def planned(row: Row, run: str) -> Config:
 
 
 def without_place(config: Config) -> Config:
-    """The configuration without a run's name, its paths, and how this machine reads the data."""
+    """The configuration without a run's name, its paths, how this machine reads the data, and of which commit."""
     weights = "WEIGHTS" if config.model.weights else None
     return dataclasses.replace(
         config,

@@ -164,6 +164,9 @@ def how(rows: Finished) -> str:
         weights = {it["weights_tensors_sha256"] for it in sessions if "weights_tensors_sha256" in it}
         if len(weights) > 1:
             raise UserError(f"{row.name}: its seeds started from several weights; train them from the same")
+        revisions = {it["run"].config["data"].get("revision") for it in found} - {None}
+        if len(revisions) > 1:
+            raise UserError(f"{row.name}: its seeds read several commits of the data; train them on the same")
         facts = [
             sorted(
                 {", ".join(it["machine"][key] for key in ("device", "machine", "cpu_capability")) for it in sessions}

@@ -56,9 +56,9 @@ def a_loss_that_is_not_finite_on_one_process(accelerator: Accelerator, model: nn
 
 
 def a_micro_batch_that_fits_everywhere(accelerator: Accelerator) -> None:
-    """Rank 0 has memory for 18 images, rank 1 for 4."""
+    """Rank 0 has memory for 18 images, rank 1 for 5."""
     config = check({"phases": {"only": phase()}}, "here")
-    model = Small(18 if accelerator.process_index == 0 else 4)
+    model = Small(18 if accelerator.process_index == 0 else 5)
     transform = nn.Module()
     transform.forward = lambda images: images / 255
     assert fitting_micro_batch(accelerator, config, model, transform, (8, 8), 32) == 4

@@ -299,3 +299,13 @@ def test_resnet50_224_is_the_best_recipe_but_for_its_size():
     best, larger = (yaml.safe_load((RECIPES / f"resnet50_{name}.yaml").read_text()) for name in ("best", "224"))
     assert larger["data"].pop("image_size") == 224 and best["data"].pop("image_size") == 64
     assert larger == best
+
+
+def test_a_recorded_commit_goes_with_its_source(tmp_path):
+    """As when a run's config.yaml is run again on other data."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree() | {"data": {"source": "some/data", "revision": "v1"}}))
+    assert parse(["--config", str(path)])[0].data.revision == "v1"
+    assert parse(["--config", str(path), "--data.source", "embedded"])[0].data.revision is None
+    again = ["--config", str(path), "--data.source", "other/data", "--data.revision", "v2"]
+    assert parse(again)[0].data.revision == "v2"

@@ -243,8 +243,8 @@ def test_sizes_that_divide_the_share_are_tried_downwards(make_config, share, fit
     assert fitting(make_config, Small(18), share) == fits
 
 
-@pytest.mark.parametrize(("images", "fits"), [(17, 8), (18, 16), (1, 1)])
-def test_an_eighth_more_must_fit(make_config, images, fits):
+@pytest.mark.parametrize(("images", "fits"), [(17, 8), (18, 16), (4, 2), (5, 4), (2, 1), (1, 1)])
+def test_about_an_eighth_more_must_fit(make_config, images, fits):
     assert fitting(make_config, Small(images), 64) == fits
 
 

@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import urllib.error
-from functools import partialmethod
 from itertools import chain, cycle, islice, repeat
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -19,7 +19,7 @@ import timm
 import torch
 import yaml
 from hub_server import COMMIT, FAULTS, HubServer
-from huggingface_hub import HfApi, constants, get_session
+from huggingface_hub import constants, get_session
 from images import encode, noise
 from safetensors.torch import load_file, save_file
 
@@ -75,15 +75,17 @@ def train(command, server_url, home, output, *more):
 
 def test_part_3_runs_from_the_hub_streamed(server, command, tmp_path):
     name = "test_resnet.r160_in1k"  # with the weights' tag, as the hub names them
-    result = train(command, server.url, tmp_path / "home", tmp_path / "runs", "--model.name", name)
+    before, options = len(server.requests), ("--model.name", name, "--data.revision", "v1")
+    result = train(command, server.url, tmp_path / "home", tmp_path / "runs", *options)
     assert result.returncode == 0, result.stderr
     assert f"timm's pretrained {name} from timm/{name}" in result.stdout
     assert "streamed" in result.stdout
-    # The commit that was the newest is recorded, and all data are of it, whatever comes after.
+    # The commit that v1 is at present is recorded, and all data are of it, whatever v1 becomes.
     recorded = yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())["data"]["revision"]
-    asked = [path for _, path in server.requests if "/datasets/uoft-cs/cifar100" in path]
+    asked = [path for _, path in server.requests[before:] if "/datasets/uoft-cs/cifar100" in path]
     assert recorded == COMMIT
-    assert "/revision/" not in asked[0] and all(COMMIT in path for path in asked[1:]), asked
+    named = [path for path in asked if COMMIT not in path]
+    assert named and all("/v1" in path for path in named) and not any(".parquet" in path for path in named), named
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert 0 <= summary["test_top1"] <= 1
     # The frozen stem still is what the hub served, and the normalisation is that of these weights.
@@ -141,6 +143,8 @@ def test_it_runs_downloaded_first_and_then_from_the_cache_without_a_hub(server, 
         json.loads((tmp_path / f / "run" / "history.jsonl").read_text().splitlines()[0]) for f in ("online", "offline")
     ]
     assert rows[0]["step"] == rows[1]["step"]
+    recorded = (tmp_path / "offline" / "run" / "config.yaml").read_text()
+    assert yaml.safe_load(recorded)["data"]["revision"] == COMMIT, "as the cache knows it"
 
 
 def closed_port() -> str:
@@ -260,20 +264,18 @@ def test_the_hub_is_not_asked_when_nothing_is_wanted_from_it(monkeypatch, server
     assert not hub.offline()
 
 
-@pytest.mark.parametrize(
-    "values, commit, asked",
-    [
-        ({}, COMMIT, ["/api/datasets/uoft-cs/cifar100"]),
-        ({"revision": "v1"}, COMMIT, ["/api/datasets/uoft-cs/cifar100/revision/v1"]),
-        ({"source": "nobody/nothing"}, None, ["/api/datasets/nobody/nothing"]),
-        ({"source": "embedded"}, None, []),
-    ],
-)
-def test_a_revision_becomes_the_commit_that_it_means(failing, monkeypatch, values, commit, asked):
-    hub_server = failing()
-    monkeypatch.setattr(HfApi, "__init__", partialmethod(HfApi.__init__, endpoint=hub_server.url))
-    assert hub.commit(DataConfig(**values)) == commit
-    assert [path for _, path in hub_server.requests] == asked
+def test_another_commit_than_the_wanted_one_is_not_read_from_the_cache(monkeypatch):
+    """Without the hub, `datasets` takes the newest that is there."""
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: SimpleNamespace(hash="b" * 40))
+    with pytest.raises(UserError, match=r"at a{40} is wanted, .* the newest in this machine's cache is b{40}"):
+        sources.open_splits(DataConfig(revision="a" * 40))
+
+
+def test_without_the_hub_nobody_knows_a_branchs_commit(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="nobody knows which commit v1 is"):
+        sources.commit(DataConfig(revision="v1"))
+    assert sources.commit(DataConfig(source="embedded")) is None
 
 
 @pytest.mark.parametrize(

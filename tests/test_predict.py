@@ -252,9 +252,12 @@ def test_other_data_have_no_part_in_what_is_chosen_of_the_runs_own(run):
     path = run / "config.yaml"
     recorded = path.read_text()
     path.write_text(recorded.replace("revision: null", "revision: '0123456'").replace("subset: null", "subset: part"))
-    own, other = (predict.parse([str(run), *more])[1].data for more in ([], ["--data.source", "uoft-cs/cifar10"]))
+    sources = yaml.safe_load(recorded)["data"]["source"], "uoft-cs/cifar10"
+    own, same, other = (
+        predict.parse([str(run), *more])[1].data for more in ([], *(["--data.source", source] for source in sources))
+    )
     path.write_text(recorded)
-    assert (own.revision, own.subset) == ("0123456", "part")
+    assert (own.revision, own.subset) == (same.revision, same.subset) == ("0123456", "part")
     assert (other.revision, other.subset) == (None, None)
 
 

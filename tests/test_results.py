@@ -291,14 +291,23 @@ def test_a_kept_run_is_judged_with_six_views_as_long_as_its_weights_are_there(pr
     shutil.copy(results_plan.RESULTS / "one-seed0" / "summary.json", made)
     run_folders.write_predictions(made, run_folders.corrupted("robustness"))
     shutil.copy(results_plan.RESULTS / "one-seed0" / "made.json", results_plan.note_of(args.runs, "one-seed0"))
-    assert results_plan.state(it, "one-seed0", args.runs) == "done", "its best/ is gone"
+    assert not results_plan.lacks_views(it, "one-seed0", args.runs), "its best/ is gone"
     (made / "best").mkdir()
-    assert results_plan.state(it, "one-seed0", args.runs) == "cut short"
+    assert results_plan.state(it, "one-seed0", args.runs) == "done", "it stays in the tables"
     said = scripted(monkeypatch, it, (0, results.TEST_VIEWS))
-    results.complete(it, "one-seed0", args)
+    run_all(monkeypatch, args, [it])
     assert [words[8:] for words in said] == [["--tta", "shifts"]]
-    assert results_plan.state(it, "one-seed0", args.runs) == "done"
+    assert not results_plan.lacks_views(it, "one-seed0", args.runs)
     assert results_tables.figures(results_plan.RESULTS / "one-seed0")["views_top1"] == 0.777
+
+
+def test_seeds_of_several_commits_make_no_row(project, args):
+    it = write(row("one", seeds=[0, 1]), [0.5, 0.6])
+    for seed in (0, 1):
+        path = results_plan.RESULTS / f"one-seed{seed}" / "config.yaml"
+        path.write_text(path.read_text().replace("revision: null", f"revision: '{seed}'"))
+    with pytest.raises(UserError, match="one: its seeds read several commits of the data"):
+        results_tables.write_tables([it], args.runs)
 
 
 def test_seeds_of_several_precisions_make_no_row(project, args):

@@ -186,11 +186,13 @@ def test_a_micro_batch_size_may_be_looked_for_later(made, capsys):
 
 def test_a_resumed_run_reads_the_commit_it_has_begun_with(made):
     saved = yaml.safe_load((made / "config.yaml").read_text())
-    saved["data"]["revision"] = "0123456"
+    commit, other = "a" * 40, "b" * 40
+    saved["data"]["revision"] = commit
     (made / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
-    assert settle(made, 2, "--data.revision", "null").data.revision == "0123456", "as a recipe says that names none"
-    with pytest.raises(UserError, match=r'data.revision was "0123456" and can\'t become "main"'):
-        settle(made, 2, "--data.revision", "main")
+    for named in ("null", "main", commit):  # what a branch is now does not matter
+        assert settle(made, 2, "--data.revision", named).data.revision == commit
+    with pytest.raises(UserError, match=f'data.revision was "{commit}" and can\'t become "{other}"'):
+        settle(made, 2, "--data.revision", other)
 
 
 def test_a_patched_run_is_not_gone_on_with_unpatched_and_keeps_its_name(made, make_config, tmp_path):

@@ -166,6 +166,15 @@ def test_the_normalisation_of_a_run_is_its_weights_and_is_handed_on(make_config)
     assert handed_on["std"] == cfg["std"]
 
 
+def test_freed_memory_goes_back_where_a_batch_is_split(make_config, monkeypatch):
+    tuned = []
+    monkeypatch.setattr(train.launch, "tune_allocator", tuned.append)
+    for micro_batch_size, times in ((None, 1), (8, 1)):
+        data = {"micro_batch_size": micro_batch_size}
+        train.train(make_config({"only": phase()}, data=data, run_name=f"run{micro_batch_size}"))
+        assert len(tuned) == times
+
+
 def test_a_micro_batch_that_is_tried_out_leaves_the_rest_of_the_configuration_as_recorded(make_config):
     run = train.train(make_config({"only": phase()}, data={"micro_batch_size": "auto"}))
     saved = yaml.safe_load((run / "config.yaml").read_text())
