@@ -240,7 +240,8 @@ def main() -> None:
     untrained = [it for it in runs if state(*it, args.runs) != "done"]
     if lacking := [row.name for row, _ in untrained if "WEIGHTS" in row.options and not args.weights]:
         raise UserError(f"--weights: {lacking[0]} needs them; or name other rows after --run", USAGE)
-    missing = untrained + [it for it in runs if it not in untrained and lacks_views(*it, args.runs)]
+    missing = [it for it in runs if it not in untrained and lacks_views(*it, args.runs)]  # minutes, so they come first
+    missing += untrained
     for row, run in list(missing):
         try:
             check_startable(row, run, args)
