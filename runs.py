@@ -74,8 +74,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
 
 
 def settled(accelerator: Accelerator, config: Config) -> Config:
-    """A new run's configuration with what depends on this machine and day: its environment, whether data are streamed,
-    and a hub dataset's commit."""
+    """A new run's configuration, with its environment, whether data are streamed, and a hub dataset's commit."""
     revision = on_main(lambda: sources.commit(config.data))
     data = dataclasses.replace(config.data, streaming=config.data.streams, revision=revision)
     return dataclasses.replace(config, data=data, environment=launch.environment(accelerator))

@@ -82,7 +82,8 @@ def _hub_builder(config: DataConfig) -> datasets.DatasetBuilder:
     if config.commit and builder.hash != config.commit:
         raise UserError(
             f"data.revision: {config.source} at {config.commit} is wanted, and the hub does not answer: the newest in "
-            f"this machine's cache is {builder.hash}. Connect, or start a new run, which reads that"
+            f"this machine's cache is {builder.hash}. Connect; or read that one, if this is no resumed run: "
+            "--data.revision null"
         )
     return builder
 
