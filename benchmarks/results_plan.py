@@ -30,7 +30,7 @@ VIEWS = "views.json"  # a kept run's test figures with six views of each image a
 WEIGHTS = ["--model.weights", "WEIGHTS"]
 MEASURED = r"^(# )Measured on [^\n]*(\n)"  # a recipe's line
 
-Part = Literal["reproduce", "explain", "confirm", "beat"]
+Part = Literal["reproduce", "explain", "confirm", "tune", "beat"]
 State = Literal["done", "cut short", "missing", "changed"]
 
 
