@@ -35,7 +35,12 @@ from config import Config, DataConfig
 from recipe import check
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+torch.set_num_threads(1 if WORKER else 2)
+if WORKER and hasattr(os, "sched_setaffinity"):
+    # A core for each of pytest's workers and its commands: with several threads each, they would wait for one another.
+    CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {CORES[int(WORKER) % len(CORES)]})
 
 
 def forget_accelerate() -> None:
