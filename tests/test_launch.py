@@ -53,7 +53,6 @@ def test_two_processes_measure_and_train_as_one(command, parquet, tmp_path):
     assert measured["head"] == measured["layer3"] == len(source.train) // 32 * 32
 
 
-@pytest.mark.slow
 def test_train_py_runs_on_two_processes(command, parquet, tmp_path):
     result = command(
         "train.py", "--config", "recipes/demo_finetune.yaml", "--data.source", str(parquet),
