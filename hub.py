@@ -24,6 +24,7 @@ from errors import UserError
 from text import PASSWORD
 
 PATIENCE = 3  # seconds; a working hub answers in well under one
+FIRST_PAUSE = 0.5  # seconds before a request is retried; then twice as long each time
 LOST_AFTER = 120  # seconds to retry a request for; a network that is down for a minute ends no run
 LONGEST_WAIT = 300  # seconds; cap on the waits that the hub asks for: the window of its rate limits
 
@@ -103,7 +104,7 @@ def persist() -> None:
             if request.method == "HEAD" or not re.search("/resolve/|/api/datasets/", request.url.path):
                 return super().send(request, stream=stream, **options)
             request.extensions["timeout"] = httpx.Timeout(constants.HF_HUB_DOWNLOAD_TIMEOUT).as_dict()
-            deadline, wait = time.monotonic() + LOST_AFTER, 0.5
+            deadline, wait = time.monotonic() + LOST_AFTER, FIRST_PAUSE
             while True:
                 told = 0
                 try:
@@ -118,7 +119,7 @@ def persist() -> None:
                 if time.monotonic() > deadline:
                     raise lost(problem)
                 pause = max(wait, min(told, LONGEST_WAIT))
-                if wait < 1 or told:
+                if wait == FIRST_PAUSE or told:
                     line = f"The hub ({endpoint()}) fails ({problem}): asking again, first in {pause:g} s."
                     print(line, file=sys.stderr, flush=True)
                 time.sleep(pause)

@@ -23,6 +23,7 @@ UNSET += " HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE ACCELERATE_MI
 for name in UNSET.split():
     os.environ.pop(name, None)
 
+import forked
 import psutil
 import pytest
 import torch
@@ -117,6 +118,12 @@ def run_command(*args: str, env: dict | None = None, launcher=(sys.executable,),
 @pytest.fixture
 def command():
     return run_command
+
+
+@pytest.fixture
+def forked_command():
+    """As `command`, several seconds sooner, for tests that are not about how a process starts and ends."""
+    return lambda *args, env=None, timeout=120: forked.run(args, ROOT, os.environ | (env or {}), timeout)
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def in_a_worker(error):
         *(pytest.param(other, marks=pytest.mark.slow) for other in ("9m", "13m", "14m", "16m", "19m")),
     ],
 )
-def test_a_full_disk_is_told_and_costs_nothing_that_was_written(command, tmp_path, size):
+def test_a_full_disk_is_told_and_costs_nothing_that_was_written(command, forked_command, tmp_path, size):
     """On a tmpfs of this size, in a mount namespace of the test's own; the folder is looked at in a copy."""
     disk, copy = tmp_path / "disk", tmp_path / "runs"
     disk.mkdir()
@@ -102,7 +102,7 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_written(command, tmp_pat
     assert [json.loads(row)["epoch"] for row in rows] == list(range(1, len(rows) + 1))
     assert len(rows) >= int(checkpoints[-1].name.split("-")[0])
 
-    resumed = command("train.py", "--resume", str(run))
+    resumed = forked_command("train.py", "--resume", str(run))
     assert resumed.returncode == 0, resumed.stderr
     assert [json.loads(row)["epoch"] for row in (run / "history.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 

@@ -68,9 +68,22 @@ OPTIONS = ("--model.name", "test_resnet", "--phases.head.epochs", "1", "--phases
            "--data.workers", "1", "--tracking", "none")  # fmt: skip
 
 
+@pytest.fixture
+def command(forked_command):
+    return forked_command
+
+
 def train(command, server_url, home, output, *more):
     env = {"HF_ENDPOINT": server_url, "HF_HOME": str(home)}
     return command("train.py", *OPTIONS, "--output_dir", str(output), "--run_name", "run", *more, env=env)
+
+
+# The command with less patience: no test waits two minutes for a hub that is down, or half a second 24 times.
+HASTY = "import hub, runpy; hub.FIRST_PAUSE, hub.LOST_AFTER = 0.02, 3; runpy.run_path('train.py', run_name='__main__')"
+
+
+def train_hastily(command, server_url, home, output, *more):
+    return train(lambda _, *args, env: command("-c", HASTY, *args, env=env), server_url, home, output, *more)
 
 
 def test_part_3_runs_from_the_hub_streamed(server, command, tmp_path):
@@ -372,20 +385,12 @@ def test_a_run_whose_hub_fails_at_every_turn_ends_with_the_same_weights(failing,
     # Every question of the stream fails first and is then answered, until there have been 24 faults.
     hub_server = failing(chain.from_iterable(zip(islice(cycle(FAULTS), 24), repeat(None))))
     hub_server.limit = {"Retry-After": "0"}  # how long is waited, the tests above look at
-    stormy = train(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *options)
+    stormy = train_hastily(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *options)
     assert stormy.returncode == 0, stormy.stderr
     assert len(hub_server.served) >= 20 and set(hub_server.served) == set(FAULTS)
     weights = [(tmp_path / name / "run" / "best" / "model.safetensors").read_bytes() for name in ("calm", "stormy")]
     assert weights[0] == weights[1]
     assert figures(tmp_path / "calm" / "run") == figures(tmp_path / "stormy" / "run")
-
-
-# The command with less patience: nobody waits two minutes for a test.
-HASTY = "import hub, runpy; hub.LOST_AFTER = 3; runpy.run_path('train.py', run_name='__main__')"
-
-
-def train_hastily(command, server_url, home, output, *more):
-    return train(lambda _, *args, env: command("-c", HASTY, *args, env=env), server_url, home, output, *more)
 
 
 def check_lost(result):

@@ -62,8 +62,8 @@ def table(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_its_figures_are_the_trainings(run, command):
-    result = command("predict.py", str(run))
+def test_its_figures_are_the_trainings(run, forked_command):
+    result = forked_command("predict.py", str(run))
     assert result.returncode == 0, result.stderr
     judge(run, "--split", "validation")
     summary = json.loads((run / "summary.json").read_text())
@@ -467,13 +467,13 @@ def test_a_run_that_mixed_its_images_is_judged_one_by_one(run):
     assert figures(run, "test-limit2")["rows"] == 2
 
 
-def test_a_run_with_pretrained_weights_needs_no_hub(run, command):
+def test_a_run_with_pretrained_weights_needs_no_hub(run, forked_command):
     """What it started from is of no interest any more, even where no checkpoint is left."""
     recorded = yaml.safe_load((run / "config.yaml").read_text())
     recorded["model"]["pretrained"] = True
     (run / "config.yaml").write_text(yaml.safe_dump(recorded))
     shutil.rmtree(run / "checkpoints")
-    result = command("predict.py", str(run), "--limit", "3", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    result = forked_command("predict.py", str(run), "--limit", "3", env={"HF_ENDPOINT": "http://127.0.0.1:9"})
     assert result.returncode == 0, result.stderr
     assert "hub" not in result.stderr
 

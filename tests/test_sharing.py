@@ -376,9 +376,9 @@ def test_a_hub_that_is_down_and_its_password(server, monkeypatch, capfd):
 # ---- the upload -------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_trained_uploaded_and_loaded_by_timm(server, command, parquet, tmp_path):
+def test_a_run_is_trained_uploaded_and_loaded_by_timm(server, forked_command, parquet, tmp_path):
     env = {"HF_HOME": str(tmp_path / "home")}
-    result = command(
+    result = forked_command(
         "train.py", "--config", "recipes/demo_scratch.yaml", "--data.source", str(parquet), "--data.workers", "0",
         "--phases.train.epochs", "1", "--output_dir", str(tmp_path / "runs"), "--run_name", "run",
         "--push_to_hub", "user/model", env=env,
@@ -406,7 +406,9 @@ def test_a_run_is_trained_uploaded_and_loaded_by_timm(server, command, parquet, 
         "images = torch.randn(4, 3, 32, 32)\n"
         "with torch.no_grad(): save_file({'images': images, 'logits': model(images)}, sys.argv[1])"
     )
-    other = command("-c", load, str(tmp_path / "logits"), env={"HF_HOME": str(tmp_path / "other"), "HF_TOKEN": ""})
+    other = forked_command(
+        "-c", load, str(tmp_path / "logits"), env={"HF_HOME": str(tmp_path / "other"), "HF_TOKEN": ""}
+    )
     assert other.returncode == 0, other.stderr
     got = load_file(tmp_path / "logits")
     model = timm.create_model(f"local-dir:{run / 'best'}", pretrained=True).eval()
@@ -492,8 +494,8 @@ def test_a_hub_that_says_the_token_aloud_is_not_repeated(server, ended, monkeypa
     assert "the token *** was revoked" in str(caught.value)
 
 
-def test_the_command_ends_before_training_if_there_is_no_token(server, command, parquet, tmp_path):
-    result = command(
+def test_the_command_ends_before_training_if_there_is_no_token(server, forked_command, parquet, tmp_path):
+    result = forked_command(
         "train.py", "--config", "recipes/demo_scratch.yaml", "--data.source", str(parquet), "--push_to_hub",
         "user/model", "--output_dir", str(tmp_path / "runs"), env={"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""},
     )  # fmt: skip
