@@ -4,15 +4,14 @@ import contextlib
 import dataclasses
 import json
 import math
-import netrc
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
-from urllib.parse import urlparse
 
 import torch
 from accelerate import Accelerator
@@ -150,7 +149,8 @@ class Tracking:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"]))
+        now = {"wandb": {"commit": True}}  # otherwise W&B shows an epoch when the next one ends
+        self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"], log_kwargs=now))
         left = _duration(row["seconds_left"])
         left = f", about {left} of {row['phase']} left" if left else ""
         validated = "no validation"
@@ -220,6 +220,7 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
     )
     options = {"name": run.name, "dir": str(run), "settings": settings, "id": tracker_id, "resume": "allow"}
     values = json.loads(json.dumps(dataclasses.asdict(config)))
+    here = shlex.quote(run.as_posix())
 
     def start():
         project = os.environ.get("WANDB_PROJECT") or PROJECT
@@ -228,11 +229,11 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
             print(f"W&B: {wandb.run.url}")
 
     def go_offline(why):
-        os.environ["WANDB_MODE"] = "offline"
+        settings.mode = "offline"
         if accelerator.is_main_process:
-            print(f"W&B: {why}: offline. To upload later: wandb sync {run}/wandb/offline-run-*", file=sys.stderr)
+            print(f"W&B: {why}: offline. To upload later: wandb sync {here}/wandb/offline-run-*", file=sys.stderr)
 
-    if "WANDB_MODE" not in os.environ and not _has_key():
+    if accelerator.is_main_process and not _has_key():
         go_offline("there is no API key")
     try:
         start()
@@ -253,13 +254,12 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
 
 
 def _has_key() -> bool:
-    """Whether W&B will find a key: in the environment, or in the one netrc file that it reads."""
-    if os.environ.get("WANDB_API_KEY"):
+    """Whether W&B will find a key, in the environment or the files that it reads; also true if it needs none."""
+    import wandb
+
+    if "WANDB_MODE" in os.environ or wandb.setup(wandb.Settings(silent=True)).settings.mode != "online":
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    at_home = map(os.path.expanduser, ("~/.netrc", "~/_netrc"))
-    path = os.environ.get("NETRC") or next(filter(os.path.exists, at_home), "")
     try:
-        return netrc.netrc(os.path.expanduser(path)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        return wandb.login(prompt=False, verify=False)
+    except wandb.Error:  # a key that can't be one: starting says so
+        return True

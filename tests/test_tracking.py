@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from urllib.parse import urlparse
 
 import pytest
 import torch
@@ -179,6 +180,7 @@ def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, 
     monkeypatch.delenv("WANDB_SILENT", raising=False)
     with start(tracking="wandb") as track:
         end_epoch(track)
+        assert wandb.run.step == 2, "what W&B gets from now on is of another epoch: this one can be shown"
         track.finish({"test_top1": 0.5})
     err = capsys.readouterr().err
     assert "URL" not in err, "there is none to tell"
@@ -191,11 +193,14 @@ def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, 
     ("files", "environment", "has_key"),
     [
         ({".netrc": "api.wandb.ai"}, {}, True),
+        ({".netrc": urlparse(wandb.Settings().base_url).netloc}, {}, True),  # where `wandb login` writes it
         ({"_netrc": "api.wandb.ai"}, {}, True),
         ({".netrc": "example.org", "_netrc": "api.wandb.ai"}, {}, False),
         ({"mine": "api.wandb.ai"}, {"NETRC": "~/mine"}, True),
         ({"mine": "example.org", ".netrc": "api.wandb.ai"}, {"NETRC": "~/mine"}, False),
         ({".netrc": "localhost:8080"}, {"WANDB_BASE_URL": "http://localhost:8080"}, True),
+        ({}, {"WANDB_API_KEY": "0" * 40}, True),
+        ({}, {"WANDB_API_KEY": "no key"}, True),  # W&B itself says what is wrong with it
         ({}, {}, False),
     ],
 )
