@@ -54,13 +54,11 @@ def throughput(run: Run) -> float | None:
 def robustness(run: Run) -> Predictions | None:
     """The predictions whose mean15 represents a run.
 
-    Its own data before others, its best weights before earlier ones, then all rows before some, one view before
-    several, own corruptions before CIFAR-100-C.
+    Only those on its own test split: other images would not be comparable. Its best weights come before earlier ones,
+    then all rows before some, one view before several, own corruptions before CIFAR-100-C.
     """
-    found = [it for it in run.predictions if it.kind != "split" and it.mean15 is not None]
-    return min(
-        found, key=lambda it: (not it.own, run.is_outdated(it), it.rank[1:3], -it.version, it.rank), default=None
-    )
+    found = [it for it in run.predictions if it.kind != "split" and it.mean15 is not None and it.own]
+    return min(found, key=lambda it: (run.is_outdated(it), it.rank[1:3], -it.version, it.rank), default=None)
 
 
 def conditions(run: Run, found: Predictions) -> str:

@@ -366,9 +366,10 @@ def _decoded(loader, keep_mb: int) -> list[dict[str, torch.Tensor]]:
         batches.append(batch)
         size += batch["image"].numel()
         if size > keep_mb * 2**20:
+            ways = "raise it, or give a --limit" if keep_mb else "give another"
             raise UserError(
                 "--robustness keeps the decoded test split in memory, which takes more than data.keep_mb "
-                f"{keep_mb} MB: raise it, or give a --limit"
+                f"{keep_mb} MB: {ways}"
             )
     return batches
 

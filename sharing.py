@@ -8,6 +8,7 @@ token is read when it is needed and written nowhere.
 import contextlib
 import json
 import re
+import shlex
 import sys
 import warnings
 from collections import Counter
@@ -107,7 +108,7 @@ def push(run: Path, repository: str) -> str:
     except Exception as error:  # the network, the disk and the libraries between them raise anything
         raise UserError(
             f"{repository} was not uploaded to {hub.endpoint()} ({_reason(error, token)}). What is in {run} is whole; "
-            f"to upload it later: python predict.py {run} --push_to_hub {repository}"
+            f"to upload it later: python predict.py {shlex.quote(run.as_posix())} --push_to_hub {repository}"
         ) from error
     return f"{hub.endpoint()}/{repository}"
 

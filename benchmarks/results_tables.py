@@ -136,10 +136,16 @@ def ablation(rows: Finished, finished: Finished) -> str:
     Changes are judged on the validation rows: the test split is not for choosing.
     """
     columns, lines = ("val top-1 %", "val loss", "train top-1 %", "minutes"), []
+    trained = {row.name: trained_with(row, found) for row, found in finished}
     reached = {row.name: {it["run"].config["seed"]: it["val_top1"] for it in found} for row, found in finished}
     compared_with = {row.against for row, _ in rows}
     for row, found in [it for it in finished if it[0].name in compared_with and it not in rows] + rows:
         base = reached.get(row.against, {}) if row.name != row.against else {}
+        for mine, theirs in zip(trained[row.name], trained[row.against], strict=True) if base else ():
+            if mine and theirs and mine != theirs:
+                raise UserError(
+                    f"{row.name} can't be compared with {row.against}: {mine} against {theirs} (precision, or weights)"
+                )
         gains = [top1 - base[seed] for seed, top1 in reached[row.name].items() if seed in base and top1 is not None]
         gained = spread(gains, "+.1f", 100) if gains else "-"
         lines.append([row.what, str(len(found)), gained, *(COLUMNS[column](found) for column in columns)])
@@ -152,18 +158,25 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     )
 
 
+def trained_with(row: Row, found: list[dict]) -> tuple[str, str | None]:
+    """The precision in which all of a row's seeds were trained, and the digest of their weights, if it is known."""
+    precisions = sorted({it["made"]["precision"] for it in found})
+    if len(precisions) > 1:
+        raise UserError(f"{row.name}: its seeds were trained in {' and '.join(precisions)}; train them in one")
+    sessions = [session for it in found for session in it["made"]["sessions"]]
+    weights = {it["weights_tensors_sha256"] for it in sessions if "weights_tensors_sha256" in it}
+    if len(weights) > 1:
+        raise UserError(f"{row.name}: its seeds started from several weights; train them from the same")
+    return precisions[0], next(iter(weights), None)
+
+
 def how(rows: Finished) -> str:
     """The commands behind a table, with their commits, dates and machines."""
     lines = []
     for row, found in rows:
+        precision, weights = trained_with(row, found)
         made = [it["made"] for it in found]
-        precisions = sorted({it["precision"] for it in made})
-        if len(precisions) > 1:
-            raise UserError(f"{row.name}: its seeds were trained in {' and '.join(precisions)}; train them in one")
         sessions = [session for it in made for session in it["sessions"]]
-        weights = {it["weights_tensors_sha256"] for it in sessions if "weights_tensors_sha256" in it}
-        if len(weights) > 1:
-            raise UserError(f"{row.name}: its seeds started from several weights; train them from the same")
         revisions = {it["run"].config["data"].get("revision") for it in found} - {None}
         if len(revisions) > 1:
             raise UserError(f"{row.name}: its seeds read several commits of the data; train them on the same")
@@ -173,11 +186,11 @@ def how(rows: Finished) -> str:
             ),
             ["commit " + ", ".join(sorted({it["commit"] for it in sessions}))],
             [", ".join(sorted({it["date"] for it in sessions}))],
-            [f"weights {sha256[:12]}..." for sha256 in weights],
+            [f"weights {weights[:12]}..."] if weights else [],
         ]
         seeds = f", and seeds {', '.join(str(it['run'].config['seed']) for it in found[1:])}" if found[1:] else ""
         lines.append(
-            f"- {row.what}: `{shlex.join([*launcher(precisions[0]), *shlex.split(made[0]['command'])])}`{seeds} "
+            f"- {row.what}: `{shlex.join([*launcher(precision), *shlex.split(made[0]['command'])])}`{seeds} "
             f"({'; '.join(fact for group in facts for fact in group)})"
         )
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from run_folders import config, corrupted, history, split, write_predictions, wr
 
 import comparison
 from recipe import check
-from runfolder import read_run
+from runfolder import read_run, suffix
 from text import NAME_LENGTH
 
 TWO = {"head": 2, "finetune": 3}
@@ -77,8 +77,8 @@ def test_a_run_without_a_test_split(make, tmp_path):
 def test_the_robustness_mean_says_what_it_is(make, found, shown):
     run = make()
     for kind, values in found:
-        suffix = "".join(f"-{key}" for key in values if key in ("limit", "tta"))
-        write_predictions(run.path, corrupted(kind, kind + suffix, mean15=0.3, **values))
+        name = kind + suffix(values.get("tta"), values.get("limit"), None)
+        write_predictions(run.path, corrupted(kind, name, mean15=0.3, **values))
     assert row(read_run(run.path))["robustness mean"] == shown
 
 
@@ -88,10 +88,11 @@ def test_the_robustness_mean_says_what_it_is(make, found, shown):
 def test_another_data_sets_robustness_does_not_stand_for_the_runs(make, own):
     """However little of its own was looked at, and whatever comes first in the alphabet."""
     run, values = make(), {"kind": "robustness", "tta": None, "limit": None, "seed": 0} | own
-    parts = {"-": values["tta"], "-limit": values["limit"], "-seed": values["seed"]}
-    suffix = "".join(f"{name}{value}" for name, value in parts.items() if value)
+    name = values["kind"] + suffix(values["tta"], values["limit"], values["seed"])
     others = [corrupted("robustness", name, mean15=0.9) for name in ("holiday-robustness", "test-robustness")]
-    write_predictions(run.path, corrupted(name=values["kind"] + suffix, mean15=0.3, **values), *others)
+    write_predictions(run.path, *others)
+    assert row(read_run(run.path))["robustness mean"] == "-"
+    write_predictions(run.path, corrupted(name=name, mean15=0.3, **values), *others)
     assert comparison.robustness(read_run(run.path)).mean15 == 0.3
 
 

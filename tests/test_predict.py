@@ -429,7 +429,7 @@ def test_images_of_several_sizes_are_corrupted_at_the_models(run, pictures, parq
     options = ("--data.source", tmp_path / "mixed", "--data.image", "image", "--data.label", "label")
     judge(run, "--robustness", *options, "--data.batch_size", "10")
     assert figures(run, "mixed-image-label-robustness")["rows"] == 35
-    with pytest.raises(UserError, match=r"takes more than data.keep_mb 0 MB: raise it, or give a --limit"):
+    with pytest.raises(UserError, match=r"takes more than data.keep_mb 0 MB: give another"):
         judge(run, "--robustness", "--data.keep_mb", "0")
 
 

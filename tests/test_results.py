@@ -310,6 +310,21 @@ def test_seeds_of_several_commits_make_no_row(project, args):
         results_tables.write_tables([it], args.runs)
 
 
+def test_a_change_is_not_told_from_a_baseline_in_another_precision_or_from_other_weights(project, args):
+    base = write(row("base", part="explain", against="base"), [0.5])
+    other = write(row("other", part="explain", against="base"), [0.6])
+    made = results_plan.RESULTS / "other-seed0" / "made.json"
+    made.write_text(json.dumps(made_of(other, "other-seed0", precision="bf16")))
+    with pytest.raises(UserError, match="other can't be compared with base: bf16 against no"):
+        results_tables.write_tables([base, other], args.runs)
+    for it, digest in ((base, "a" * 64), (other, "b" * 64)):
+        recorded = made_of(it, f"{it.name}-seed0")
+        recorded["sessions"][0]["weights_tensors_sha256"] = digest
+        (results_plan.RESULTS / f"{it.name}-seed0" / "made.json").write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match=r"other can't be compared with base: bbb.* against aaa"):
+        results_tables.write_tables([base, other], args.runs)
+
+
 def test_seeds_of_several_precisions_make_no_row(project, args):
     it = write(row("one", seeds=[0, 1]), [0.5, 0.6])
     made = results_plan.RESULTS / "one-seed1" / "made.json"
