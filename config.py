@@ -144,7 +144,10 @@ class DataConfig(_Section):
         "distorted images)",
     )
     shuffle_buffer: int = Field(
-        10_000, ge=1, description="rows that a stream is shuffled within (memory-mapped data is shuffled whole)"
+        10_000,
+        ge=1,
+        description="rows that a stream is shuffled within, fewer if they take more than a GB (memory-mapped data is "
+        "shuffled whole)",
     )
     keep_mb: int = Field(
         2048,

@@ -24,7 +24,47 @@ MB = 2**20  # bytes
 CHUNK = 64  # rows read at once
 AHEAD = 8  # chunks read in advance
 CONNECTIONS = 16  # files fetched at once, if each image is its own file
+BUFFER_MB = 1024  # the most that images in the shuffle buffer may take, encoded
+PIECE = 32  # rows read from one file before the next file's turn
 FIRST = 1000  # training rows whose classes are counted, to see whether rows are sorted by class
+
+
+class Shuffled:
+    """A split's rows in an order of each epoch's own: files are shuffled, rows within a buffer.
+
+    The buffer of `datasets` is bounded in rows only, copies all of them twice, and fails if they take 2 GiB.
+
+    Args:
+        rows: rows with undecoded images.
+        image: the image column.
+        most: rows in the buffer; fewer if their images take more than `BUFFER_MB`.
+        seed: seeds the orders.
+    """
+
+    def __init__(self, rows: IterableDataset, image: str, most: int, seed: int):
+        # Mixing several shards takes threads, which cost 5 seconds an epoch to stop; one shard needs none.
+        mixed = min(10, rows.num_shards)
+        self.rows = rows.shuffle(seed, buffer_size=PIECE * mixed, max_buffer_input_shards=mixed)
+        self.image, self.most, self.seed, self.epoch = image, most, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict]:
+        draw, buffer, size = np.random.default_rng((self.seed, self.epoch)), [], 0
+        for row in self.rows:
+            buffer.append(row)
+            size += self._size(row)
+            while len(buffer) > self.most or size > BUFFER_MB * MB:
+                place = draw.integers(len(buffer))
+                buffer[place], buffer[-1] = buffer[-1], buffer[place]
+                size -= self._size(buffer[-1])
+                yield buffer.pop()
+        yield from (buffer[place] for place in draw.permutation(len(buffer)))
+
+    def _size(self, row: dict) -> int:
+        return len((row[self.image] or {}).get("bytes") or b"")  # files that are still to be read take no room
 
 
 class Stream(Sampler):
@@ -39,7 +79,7 @@ class Stream(Sampler):
         source: the source's name, for messages.
     """
 
-    def __init__(self, rows: IterableDataset, image: str, source: str):
+    def __init__(self, rows: IterableDataset | Shuffled, image: str, source: str):
         self.rows, self.image, self.source = rows, image, source
         self.looked_at, self.begun = [], None
 
@@ -102,9 +142,7 @@ class TrainingStream:
         config: DataConfig,
         seed: int,
     ):
-        # Mixing several shards takes threads, which cost 5 seconds an epoch to stop; one shard needs none.
-        mixed = min(10, rows.num_shards)
-        shuffled = rows.shuffle(seed, buffer_size=config.shuffle_buffer, max_buffer_input_shards=mixed)
+        shuffled = Shuffled(rows, image, config.shuffle_buffer, seed)
         self.in_order, self.shuffled = (Stream(each, image, config.source) for each in (rows, shuffled))
         self.image, self.label, self.classes, self.held_out, self.seed = image, label, classes, held_out, seed
         self.keep_mb, self.batch_size = config.keep_mb, config.batch_size

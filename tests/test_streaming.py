@@ -67,12 +67,31 @@ def test_every_row_comes_once_an_epoch_on_its_side(shards, keep_mb):
 def test_rows_that_are_sorted_by_class_are_told(capsys, shuffle_buffer, classes, label, said):
     stream = stream_of(20_000, shuffle_buffer=shuffle_buffer)
     stream.classes = classes
-    stream.shuffled.rows = stream.shuffled.rows.map(lambda row: row | {"label": label(int(row["image"]["bytes"]))})
+    read = stream.shuffled.rows
+    read.rows = read.rows.map(lambda row: row | {"label": label(int(row["image"]["bytes"]))})
     for epoch in range(2):
         numbers(stream.training, epoch)
     out = capsys.readouterr().out
     assert out.count("files seem to be sorted by class") == (said is not None)
     assert said is None or f"training rows are of {said} classes" in out
+
+
+@pytest.mark.parametrize("images", ["bytes", "files"])
+def test_the_shuffle_buffer_is_bounded_in_bytes_too(monkeypatch, images):
+    monkeypatch.setattr(streaming, "MB", 1)
+    monkeypatch.setattr(streaming, "BUFFER_MB", 500)
+
+    def rows():
+        for number in range(400):
+            READ.append(number)
+            content = b"%10d" % number if images == "bytes" else None
+            yield {"image": {"bytes": content, "path": str(number)}, "label": 0}
+
+    READ.clear()
+    shuffled = streaming.Shuffled(datasets.IterableDataset.from_generator(rows), "image", most=100, seed=0)
+    ahead = [len(READ) - given for given, _ in enumerate(shuffled)]
+    assert max(ahead) <= (50 if images == "bytes" else 100) + 1 + streaming.PIECE
+    assert len(ahead) == 400
 
 
 def test_what_was_read_once_is_kept_and_shuffled_fully():
