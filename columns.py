@@ -103,6 +103,22 @@ def check_classes(train: Dataset, test: Dataset | None, label: str, names: list[
             )
 
 
+def check_labelled(test: IterableDataset, label: str, names: list[str], config: DataConfig) -> None:
+    """UserError if a test stream's first row has no class, as in contests' test splits: before training, not after."""
+    try:
+        first = next(iter(test.select_columns([label])), {label: 0})
+    except UserError:
+        raise
+    except Exception as error:  # a stream's first bytes arrive here, so anything can go wrong
+        raise UserError(f"data.source: {config.source} can't be read: {first_line(error)}") from error
+    if first[label] is None or not 0 <= first[label] < len(names):
+        raise UserError(
+            f"data.label: column '{label}' of {config.source} holds {first[label]} in the first row of split "
+            f"'{config.test_split}', which is none of the {len(names)} classes; --data.test_split null does without "
+            "test figures"
+        )
+
+
 def classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
     """The labels that occur; UserError names the first row whose label is missing or not a class."""
     column = rows.data.column(label)

@@ -17,7 +17,7 @@ import sources
 import streaming
 from config import DataConfig
 from decoding import ROW, CorruptImage, bytes_of, corrupt, decode
-from errors import UserError, first_line
+from errors import USAGE, UserError, first_line
 from processes import on_main
 
 
@@ -53,6 +53,12 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     if config.test_split:
         remedy = "" if only_test else ", or null to do without test figures"
         test = sources.pick(splits, config.test_split, "data.test_split", config.source, remedy)
+        if config.test_split == config.train_split and not only_test:
+            raise UserError(
+                f"data.test_split: '{config.test_split}' is trained on, so it can't tell how good the model is: name "
+                "another split, or null to do without test figures",
+                USAGE,
+            )
     if only_test and config.train_split not in splits:
         train = test
     else:
@@ -79,6 +85,8 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
             columns.check_classes(train, test, label, classes, config)
         train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
     if isinstance(test, IterableDataset):
+        if not only_test:
+            on_main(lambda: columns.check_labelled(test, label, classes, config))
         test = streaming.Stream(test, image, config.source)
     if only_test:
         size = _size(test, image, config, config.test_split)
@@ -141,7 +149,7 @@ def held_out(content: bytes, folds: int | None, fold: int) -> bool:
 
 def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> tuple[Dataset, Dataset]:
     """Split memory-mapped rows into (training, validation)."""
-    batches = dataset.select_columns([image]).iter(1000)
+    batches = dataset.select_columns([image]).iter(32)  # photos are large
     side = np.array([on_side(bytes_of(encoded)) for batch in batches for encoded in batch[image]])
     return dataset.select(np.flatnonzero(~side)), dataset.select(np.flatnonzero(side))
 

@@ -146,7 +146,7 @@ class Collate:
                 )
         images = [row[self.image] for row in rows]
         decoded = all(isinstance(image, np.ndarray) and image.shape[:2] == self.size for image in images)
-        if decoded and not self._must_fit():  # already right: skip the detour through Pillow
+        if decoded and not self.must_fit():  # already right: skip the detour through Pillow
             return {"image": _batch(images), "label": torch.tensor(labels)}
         images = [self._decode(row) for row in rows]
         if None in images:
@@ -161,7 +161,7 @@ class Collate:
                 f"images differ in size ({expected[0]}x{expected[1]} and {odd[0]}x{odd[1]} pixels): "
                 "set a size to resize them all to, for example --data.image_size 224"
             )
-        if self.image_size and (odd or self._must_fit()):
+        if self.image_size and (odd or self.must_fit()):
             square = (self.image_size, self.image_size)
             images = [ImageOps.fit(image, square, PILImage.Resampling.BILINEAR) for image in images]
         return {"image": _batch([np.asarray(image) for image in images]), "label": torch.tensor(labels)}
@@ -179,9 +179,9 @@ class Collate:
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of a batch if all its images are as large as the first."""
-        return (self.image_size, self.image_size) if self._must_fit() else self.size
+        return (self.image_size, self.image_size) if self.must_fit() else self.size
 
-    def _must_fit(self) -> bool:
+    def must_fit(self) -> bool:
         height, width = self.size
         return bool(self.image_size) and (max(height, width) > self.image_size or height != width)
 

@@ -212,10 +212,13 @@ def skip_batches(accelerator: Accelerator, prepared_loader, steps: int):
 
 
 def stop_idle_workers(source: Data, *prepared_loaders) -> None:
-    """Drop the workers once a stream is kept as pixels: there is nothing to decode, and they slow training down."""
+    """Drop the workers once a stream is kept as pixels: there is nothing to decode, and they slow training down.
+
+    They stay if images have to be cropped or made smaller.
+    """
     if is_streamed(source) and source.train.stream.decoded:
         for prepared in prepared_loaders:
-            if prepared is not None:
+            if prepared is not None and not prepared.base_dataloader.collate_fn.must_fit():
                 prepared.base_dataloader.num_workers = 0
 
 

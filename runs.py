@@ -29,6 +29,7 @@ FREE = (
     "cuda_graphs",
     "data.keep_mb",
     "data.micro_batch_size",
+    "data.test_split",
     "data.workers",
     "output_dir",
     "profile",

@@ -6,6 +6,7 @@ All are `datasets` objects, streamed or memory-mapped; columns.py looks into the
 import glob
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import embedded
 import hub
 from config import DataConfig
 from errors import USAGE, UserError, first_line
+
+UNKNOWN = {".avif", ".heic", ".heif", ".jxl"} - set(ImageFolder.EXTENSIONS)  # photos that `datasets` would pass over
 
 
 def open_splits(config: DataConfig) -> Mapping:
@@ -55,6 +58,10 @@ def open_splits(config: DataConfig) -> Mapping:
     except UserError:
         raise
     except Exception as error:  # the libraries raise a dozen types here, from OSError to pyarrow's
+        if kind == "hub" and (cached := re.search("(?:configurations|configs) in the cache: .*", str(error))):
+            raise UserError(
+                f"data.subset: of {config.source} without the hub ({hub.endpoint()}): {cached[0]}"
+            ) from error
         if kind == "hub" and hub.data_offline():
             raise hub.unreachable(f"the dataset {config.source}") from error
         if kind == "parquet":
@@ -175,7 +182,8 @@ def _patterns(split: Path) -> list[str]:
     """The file patterns of one folder per class; beside a table of labels, or without class folders, of all files.
 
     Raises:
-        UserError: an image lies elsewhere: `datasets` would take its own folder for its class.
+        UserError: an image lies elsewhere: `datasets` would take its own folder for its class. Or it is in a format
+            that `datasets` knows no files of, and would be left out.
     """
     classes = _subfolders(split)
     if not classes or _has_table(split):
@@ -184,6 +192,9 @@ def _patterns(split: Path) -> list[str]:
     for path in itertools.chain(split.iterdir(), deeper):
         if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file():
             raise UserError(f"data.source: {path} is not directly in a class's folder, as {classes[0]}/*; move it")
+    for path in (path for each in classes for path in each.iterdir()):
+        if path.suffix.lower() in UNKNOWN:
+            raise UserError(f"data.source: {path}: {path.suffix} files are not read here; convert it, to PNG for one")
     return [f"{glob.escape(str(each))}/*" for each in classes]  # each is named, as links are followed only there
 
 
@@ -191,8 +202,9 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
     """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet.
 
     Raises:
-        UserError: a file is not parquet or has unknown column types, files disagree about their classes, or a split
-            has no rows. Only the files' footers are read.
+        UserError: a file is not parquet or has unknown column types, files disagree about their classes, a split has no
+            rows, or a folder's subfolders have files of one split: it may be several, such as train/0.parquet and
+            test/0.parquet. Only the files' footers are read.
     """
     path = Path(source).expanduser()
     names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
@@ -219,6 +231,14 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
                 raise UserError(
                     f"data.source: the classes of column '{column}' in {name} are not those of the other files: {how}"
                 )
+    for split, names in files.items():
+        one, other = Path(names[0]).parent, Path(names[-1]).parent
+        if one != other and path.is_dir():
+            raise UserError(
+                f"data.source: {one} and {other} both have files of a split '{split}', which is the part of a file's "
+                "name before the first '-' or '.'. If they belong together, move them into one folder; if not, name "
+                "one of these folders, or rename the files (train-0.parquet, test-0.parquet)"
+            )
     for split, count in rows.items():
         if not count:
             raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(files[split])})")

@@ -104,6 +104,17 @@ def truncated(folder: Path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def splits_in_folders(folder: Path):
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        RIGHT.to_parquet(folder / split / "0.parquet")
+
+
+def a_photo_of_a_phone(folder: Path):
+    folder_of_images()(folder)
+    (folder / "cat" / "IMG_7.HEIC").write_bytes(b"x")
+
+
 def overwritten(folder: Path):
     """Four kilobytes of the images' pages are gone; the file's end, which is read first, is whole."""
     parquet()(folder)
@@ -247,6 +258,7 @@ CASES = [
     option("--data.source ~nobody-of-that-name/x", "data.source: ~nobody-of-that-name/x can't be read"),
     option("--data.source nobody/nothing", "can't be reached", "the dataset nobody/nothing", "--data.source", code=1),
     option("--data.test_split tset", "data.test_split: {good} has no split 'tset'; it has test, train", "or null"),
+    option("--data.test_split train", "data.test_split: 'train' is trained on", "or null"),
     option("--data.train_split tarin", "data.train_split: {good} has no split 'tarin'; it has test, train"),
     source("an empty folder", 1, lambda folder: None, "data.source: {dir}/data can't be loaded: it holds no images"),
     source("a folder with no images", 1, lambda folder: (folder / "notes.md").write_text("x"), "it holds no images"),
@@ -260,6 +272,11 @@ CASES = [
     source("fewer rows than a batch", 1, parquet(rows().select(range(8))), "training rows are fewer", "batch_size 8"),
     source("a file that is none of these", 2, lambda folder: (folder / "x.zip").touch(),
            "{dir}/data/x.zip is neither a folder nor .parquet files", options="--data.source {dir}/data/x.zip"),
+    source("splits in folders of their own", 1, splits_in_folders,
+           "{dir}/data/test and {dir}/data/train both have files of a split '0'",
+           "name one of these folders, or rename the files"),
+    source("an image of an unknown format", 1, a_photo_of_a_phone, "{dir}/data/cat/IMG_7.HEIC",
+           ".HEIC files are not read here; convert it"),
     # ---- columns
     source("no image column", 2, parquet(*[Dataset.from_dict({"x": [1, 2]})] * 2),
            "{dir}/data has no image column: name it with data.image (columns: x)"),
@@ -287,6 +304,8 @@ CASES = [
            "holds -1 in row 7 of split 'train'", options="--data.label label"),
     source("a negative label in a stream", 1, parquet(rows(label_7=-1, label_8=-1)), "holds -1 in split 'train'",
            options="--data.streaming true"),
+    source("a test split without labels, in a stream", 1, parquet(test=rows(labels=[-1] * 30)),
+           "holds -1 in the first row of split 'test'", "--data.test_split null", options="--data.streaming true"),
     source("a whole number in test that train lacks", 1, parquet(rows(NUMBERS), rows(NUMBERS, label_3=5)),
            "holds 5 in row 3 of split 'test'", "--data.test_split null", options="--data.label label"),
     source("a number far beyond", 1, parquet(rows(NUMBERS, label_7=10**9), rows(NUMBERS)),
@@ -305,7 +324,7 @@ CASES = [
     source("a corrupt first image", 1, parquet(rows(image_0=b"?")), "the image in row 0 of split 'train' ",
            "can't be decoded: it is in no format that is read here; repair or remove it, or --data.on_corrupt skip"),
     source("a corrupt image in a stream", 1, parquet(rows(image_0=b"?")), "an image of 1 bytes (BLAKE2b ",
-           "--data.streaming false names its row", options="--data.streaming true"),
+           "--data.streaming false names its row", options="--data.streaming true --data.batch_size 2"),
     source("a corrupt file", 1, folder_of_images(cat_00=b""),
            "the image in row 0 of split 'train' ({dir}/data/cat/00.png) can't be decoded: it is empty",
            options="--data.test_split null"),

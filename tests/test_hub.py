@@ -316,6 +316,24 @@ def test_of_a_dataset_with_subsets_one_must_be_chosen(server, command, tmp_path,
     assert said in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_a_subset_that_is_not_in_the_cache_is_named_with_those_that_are(server, command, tmp_path):
+    folder = shutil.copytree(server.repositories["datasets/uoft-cs/cifar100"], tmp_path / "dataset")
+    part = "- config_name: part\n  data_files:\n  - split: train\n    path: cifar100/train-*\n"
+    part += "  - split: test\n    path: cifar100/test-*\n---\n"
+    (folder / "README.md").write_text(README.removesuffix("  default: true\n---\n") + part)
+    options = ("--data.source", "several/subsets", "--data.streaming", "false", "--model.pretrained", "false")
+    with HubServer({"datasets/several/subsets": folder}) as hub_server:
+        for subset in ("cifar100", "part"):
+            more = ("--run_name", subset, "--data.subset", subset)
+            assert train(command, hub_server.url, tmp_path / "home", tmp_path, *options, *more).returncode == 0
+    for number, (subset, said) in enumerate({"other": "'cifar100', 'part'", None: "cifar100, part"}.items()):
+        more = ("--data.subset", subset) if subset else ()
+        result = train(command, closed_port(), tmp_path / "home", tmp_path, *options, "--run_name", f"{number}", *more)
+        assert result.returncode == 1
+        assert said in result.stderr.splitlines()[-1] and "data.subset: " in result.stderr.splitlines()[-1]
+
+
 def test_a_dataset_that_the_hub_lacks_is_named(server, command, tmp_path):
     result = train(command, server.url, tmp_path / "home", tmp_path / "runs", "--data.source", "nobody/nothing")
     assert result.returncode == 1

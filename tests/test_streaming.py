@@ -267,6 +267,16 @@ def test_what_is_kept_as_pixels_needs_no_workers(tmp_path):
     assert not epochs[True][0].equal(epochs[True][1])
 
 
+def test_workers_stay_where_what_is_kept_has_to_be_made_smaller(tmp_path):
+    source = str(parquet_of(tmp_path, noise(90, (32, 32))))
+    config = DataConfig(source=source, streaming=True, workers=1, folds=3, batch_size=8, image_size=16)
+    source = data.load(config)
+    loader = Accelerator(cpu=True).prepare(loading.loader(source, "train", config, 8))
+    assert list(loader) and source.train.stream.decoded
+    loading.stop_idle_workers(source, loader)
+    assert loader.base_dataloader.num_workers == 1
+
+
 def test_the_first_rows_alone(tmp_path):
     config = DataConfig(source=str(parquet_of(tmp_path, noise(30))), streaming=True, workers=0)
     source = data.load(config)
