@@ -42,11 +42,15 @@ class Checkpoints:
 
     Args:
         facts: plain values kept in each checkpoint that must not change or that a resumed run can't get elsewhere.
+        resumed: the checkpoint that the run goes on from, which is not written again.
     """
 
-    def __init__(self, accelerator: Accelerator, config: CheckpointConfig, run: Path, facts: dict):
+    def __init__(
+        self, accelerator: Accelerator, config: CheckpointConfig, run: Path, facts: dict, resumed: "Saved | None" = None
+    ):
         self.accelerator, self.config, self.run, self.facts = accelerator, config, run, facts
-        self.saved_at, self.saved = time.monotonic(), None
+        self.saved_at = time.monotonic()
+        self.saved = (resumed.state.epoch, resumed.state.step) if resumed else None
 
     def due(self, state: RunState) -> bool:
         """Whether to write a checkpoint after the step just made."""
@@ -58,7 +62,7 @@ class Checkpoints:
 
     def save(self, state: RunState, metrics: Classification) -> None:
         """Write runs/NAME/checkpoints/EPOCH-STEP whole or not at all, then prune older ones."""
-        if self.saved == (state.epoch, state.step):  # a signal came just after this one was due
+        if self.saved == (state.epoch, state.step):  # a signal came before another step was made
             return
         accelerator, folder = self.accelerator, self.run / "checkpoints"
         target, unfinished = folder / f"{state.epoch:05d}-{state.step:09d}", folder / "unfinished"

@@ -74,13 +74,14 @@ def explained(
 
 ONE_VALUE = "Expected more than 1 value per channel when training"
 FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")  # torch's writer gives no reason
+NO_MEMORY = ("could not create a primitive", "CUDA error: out of memory", "_ALLOC_FAILED")
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket", "NCCL")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error means out of memory: Python's own, those that Accelerate knows, and oneDNN's on a CPU."""
+    """Whether an error means out of memory: Python's own, those that Accelerate knows, oneDNN's and CUDA's."""
     known = isinstance(error, MemoryError) or should_reduce_batch_size(error)
-    return known or "could not create a primitive" in str(error)
+    return known or any(sign in str(error) for sign in NO_MEMORY)
 
 
 def fitting_micro_batch(

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import engine
 import faults
@@ -69,7 +70,7 @@ def record(accelerator: Accelerator, model: nn.Module, shape: tuple[int, ...]) -
     """
     if (
         accelerator.device.type != "cuda"
-        or accelerator.num_processes > 1
+        or isinstance(model, DistributedDataParallel)
         or accelerator.gradient_accumulation_steps > 1
         or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
     ):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
@@ -100,6 +101,13 @@ def _check_launched_as_meant() -> None:
             "settings on this machine that say so: accelerate launch --config_file accelerate_config.yaml train.py",
             USAGE,
         )
+    gpus, here = torch.cuda.device_count(), int(env.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < here and env.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+        raise UserError(
+            f"{here} processes were started on a machine with {gpus} GPU(s): --num_processes {gpus} or fewer for each "
+            "machine; or ACCELERATE_USE_CPU=true, for processes on the CPU",
+            USAGE,
+        )
     launched, meets = "ACCELERATE_MIXED_PRECISION" in env, "MASTER_ADDR" in env and "MASTER_PORT" in env
     ranked = any(name in env for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
     if launched and meets and not ranked:
@@ -122,13 +130,17 @@ def command(processes: int, precision: str, device_type: str, machines: int = 1)
     """The command that starts train.py with these processes, precision and device type."""
     words = ["ACCELERATE_USE_CPU=true"] if device_type == "cpu" and processes > 1 else []
     words += ["accelerate launch"]
+    # What is not said is taken from the user's own settings, if there are any, or the launcher starts what it can.
+    settings = os.path.isfile(default_config_file)
     if device_type == "cpu" and processes == 1 and torch.accelerator.is_available():
         words += ["--cpu --num_processes 1"]  # otherwise as many as there are GPUs, of which it starts one
+    elif processes == 1 and (settings or torch.cuda.device_count() > 1):
+        words += ["--config_file accelerate_config.yaml"]  # which says one process, and no mixed precision
     if processes > 1:
         words += [f"--multi_gpu --num_processes {processes}"]
     if machines > 1:
         words += [f"--num_machines {machines} --machine_rank RANK --main_process_ip IP --main_process_port PORT"]
-    if precision != "no":
+    if precision != "no" or settings:
         words += [f"--mixed_precision {precision}"]
     return " ".join([*words, "train.py"])
 

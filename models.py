@@ -238,19 +238,19 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> tuple[dict, str]:
         raise UserError(f"model.weights: {file} has NaN or infinity in {', '.join(broken[:4])}{rest}")
 
     own = model.state_dict()
-    head = [f"{module}.{part}" for module in head_names(model) for part in ("weight", "bias")]
-    other_head = any(key in state and key in own and state[key].shape != own[key].shape for key in head)
+    different = [key for key in dict.fromkeys([*own, *state]) if _shape(state, key) != _shape(own, key)]
+    heads = head_names(model)
+    other_head = [key for key in different if key in own and key in state and any(_is_under(key, it) for it in heads)]
     wrong = [
         f"{key} ({_shape(state, key)} in the file, {_shape(own, key)} in the model)"
-        for key in dict.fromkeys([*own, *state])
-        if _shape(state, key) != _shape(own, key) and not (other_head and key in head)
+        for key in different
+        if key not in other_head
     ]
     if wrong:
         rest = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise UserError(f"model.weights: {file} does not fit {name}: {', '.join(wrong[:4])}{rest}")
-    new = {key: own[key] for key in head if key in own} if other_head else {}
-    model.load_state_dict(state | new)
-    said = f"; its head has {len(state[head[0]])} classes and is replaced by a new one" if other_head else ""
+    said = f"; its head has {len(state[other_head[0]])} classes and is replaced by a new one" if other_head else ""
+    model.load_state_dict(state | {key: own[key] for key in other_head})
     return cfg, f"weights {path}{said}"
 
 
@@ -294,10 +294,13 @@ def synchronised(model: nn.Module) -> nn.Module:
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Names of timm's classifier: one, or two for distilled models."""
-    classifiers = model.get_classifier()
+    """Names of timm's classifier: one, or two for distilled models and others with a second head, as VOLO."""
+    classifiers, modules = model.get_classifier(), dict(model.named_modules())
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    return [name for name, module in model.named_modules() if any(module is one for one in classifiers)]
+    names = [name for name, module in modules.items() if any(module is one for one in classifiers)]
+    said = model.pretrained_cfg.get("classifier") or ()  # what timm drops from weights for other classes
+    said = (said,) if isinstance(said, str) else said
+    return names + [name for name in said if name in modules and not any(_is_under(name, head) for head in names)]
 
 
 def freeze_all_but(model: nn.Module, modules: tuple[str, ...]) -> list[str]:

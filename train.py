@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import contextlib
 import time
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import gather_object, set_seed
@@ -74,6 +75,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         if resume:
             config = runs.check_changes(accelerator, config, run, phases_begun=state.phase + 1 if saved else 0)
         share, micro_batch_size = launch.share_of_batch(config, accelerator)
+        explained = partial(faults.explained, resume_hint, accelerator, run=run, resumed=bool(resume))
+        stack.enter_context(explained(micro_batch_size))
 
         # Data come before the model, whose head and input depend on them.
         start = models.without_weights(config.model) if saved else config.model
@@ -97,6 +100,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         if config.data.micro_batch_size == "auto":
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, augmentation, size, share)
+            stack.enter_context(explained(micro_batch_size))
             config = runs.record(config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
         elif resume:
@@ -117,9 +121,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
         )
         if not resume:
             launch.hint_at_bf16(accelerator)
-        stack.enter_context(faults.explained(resume_hint, accelerator, micro_batch_size, run, resumed=bool(resume)))
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
-        checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts)
+        checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts, saved)
         interrupt = stack.enter_context(Interrupt(accelerator, resume_hint))
         stack.enter_context(launch.ended(accelerator))
 

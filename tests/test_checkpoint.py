@@ -95,12 +95,15 @@ def test_a_copy_that_somebody_made_is_neither_resumed_from_nor_removed(prepared,
 
 
 def test_a_checkpoint_just_written_is_not_written_again(prepared, tmp_path, monkeypatch):
-    """As when a signal comes at a step after which one was due."""
+    """As when a signal comes at a step after which one was due, or once more in the validation of a resumed run."""
     accelerator, *_ = prepared
     store = Checkpoints(accelerator, CheckpointConfig(keep=1), tmp_path, {})
     store.save(RunState(epoch=1, step=5), Classification())
     monkeypatch.setattr(accelerator, "save_state", lambda _: pytest.fail("written again"))
     store.save(RunState(epoch=1, step=5), Classification())
+    saved = checkpoint.newest(tmp_path)
+    resumed = Checkpoints(accelerator, CheckpointConfig(keep=1), tmp_path, {}, saved)
+    resumed.save(saved.state, Classification())
     assert checkpoint.newest(tmp_path).state.step == 5
 
 

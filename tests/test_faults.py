@@ -196,6 +196,22 @@ def test_only_a_training_is_advised_to_do_without_what_takes_a_gpus_memory(tmp_p
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "could not create a primitive",
+    ],
+)
+def test_memory_that_a_library_lacks_is_told_too(said):
+    with (
+        pytest.raises(UserError, match=r"^out of memory with 64"),
+        faults.explained("go on", Accelerator(cpu=True), 64),
+    ):
+        raise RuntimeError(said)
+
+
 def test_batch_norm_of_one_value_is_told(tmp_path):
     said = "--data.micro_batch_size 2 or more, or larger images; start again"
     with pytest.raises(UserError, match=said), faults.explained("go on", Accelerator(cpu=True), 1, tmp_path):

@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands import launch as accelerate_launch
+from accelerate.commands.config import config_args
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import set_seed
 from conftest import ROOT
@@ -259,6 +261,36 @@ def test_the_way_on_leads_past_a_gpu_that_the_run_did_not_use(make_config, monke
     assert options == "--cpu --num_processes 1 train.py --resume x"
     launched, *_ = _validate_launch_command(launch_command_parser().parse_args(options.split()))
     assert launched.use_cpu and launched.num_processes == 1
+
+
+def test_the_way_on_of_one_process_is_one_process_whatever_the_launcher_would_start(tmp_path, monkeypatch):
+    run = SimpleNamespace(num_processes=1, mixed_precision="no", device=torch.device("cuda"))
+    assert launch.resume_hint(run, "x") == "go on with: accelerate launch train.py --resume x"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        _, _, options = launch.resume_hint(run, "x").partition("accelerate launch ")
+        launched, *_ = _validate_launch_command(launch_command_parser().parse_args(options.split()))
+        assert (launched.num_processes, launched.multi_gpu) == (1, False)
+    settings = tmp_path / "default_config.yaml"
+    own = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())
+    own |= {"distributed_type": "MULTI_GPU", "num_processes": 4, "mixed_precision": "bf16"}
+    settings.write_text(yaml.safe_dump(own))
+    for module in (launch, config_args, accelerate_launch):
+        monkeypatch.setattr(module, "default_config_file", str(settings))
+    for processes, multi in ((1, False), (2, True)):
+        run.num_processes = processes
+        _, _, options = launch.resume_hint(run, "x").partition("accelerate launch ")
+        launched, *_ = _validate_launch_command(launch_command_parser().parse_args(options.split()))
+        assert (launched.num_processes, launched.multi_gpu, launched.mixed_precision) == (processes, multi, "no")
+
+
+def test_more_processes_than_gpus_are_refused(make_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^2 processes were started on a machine with 1 GPU\(s\): --num_processes 1"):
+        launch.make_accelerator(make_config())
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    launch._check_launched_as_meant()
 
 
 @pytest.mark.parametrize("minutes", [0.2, 10, 30])

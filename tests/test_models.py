@@ -88,6 +88,18 @@ def test_weights_from_a_file_take_the_architectures_normalisation_and_a_new_head
     assert model.num_classes == 10
 
 
+@pytest.mark.parametrize("name", ["levit_128s", "repvit_m0_9", "volo_d1_224"])
+def test_a_head_of_several_parts_is_replaced_by_a_new_one(tmp_path, name):
+    """Whatever layers it is made of: norms and linear ones, two heads of a distilled model, a head for each patch."""
+    source = timm.create_model(name, num_classes=7)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    model, origin = create(name, weights=str(tmp_path / "weights.safetensors"), size=(224, 224))
+    assert "its head has 7 classes and is replaced" in origin
+    state = model.state_dict()
+    same = [key for key, value in source.state_dict().items() if torch.equal(state[key], value)]
+    assert len(same) >= len(state) - 4
+
+
 def test_weights_of_the_same_size_keep_their_head(tmp_path):
     source = timm.create_model("test_resnet", num_classes=10)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
@@ -238,7 +250,8 @@ def test_an_unknown_model_names_the_nearest():
 @pytest.mark.parametrize(
     ("name", "head"),
     [("test_resnet", ["fc"]), ("test_vit", ["head"]), ("test_convnext", ["head.fc"]), ("simple_cnn", ["fc"]),
-     ("test_efficientnet", ["classifier"]), ("deit_tiny_distilled_patch16_224", ["head", "head_dist"])],
+     ("test_efficientnet", ["classifier"]), ("deit_tiny_distilled_patch16_224", ["head", "head_dist"]),
+     ("volo_d1_224", ["head", "aux_head"])],
 )  # fmt: skip
 def test_head_is_timms_classifier_whatever_its_name(name, head):
     model, _ = create(name)
