@@ -272,6 +272,8 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
         )
     if part == "validation" and config.folds is None:
         raise UserError(f"{args.run}: no rows were held out of its training split (data.folds is null)", USAGE)
+    if part == "validation":
+        config = dataclasses.replace(config, test_split=None)  # which has no part in it
     source = data.load(config, model.config.seed, only_test=part == "test")
     source = dataclasses.replace(source, size=size or source.size)
     rows = getattr(source, part)

@@ -168,7 +168,7 @@ def test_other_files_of_that_name_make_no_table_of_labels(tmp_path, name):
 
 def test_a_split_without_images_is_named(tmp_path):
     folder_of_classes(tmp_path, {"train/cat": 20, "train/dog": 20, "test/cat": 0, "test/dog": 0})
-    (tmp_path / "test" / "cat" / "0.heic").write_bytes(b"odd")
+    (tmp_path / "test" / "cat" / "0.dng").write_bytes(b"odd")
     with pytest.raises(UserError, match=f"{tmp_path}/test holds no images"):
         load(tmp_path, streaming=False)
 
