@@ -17,6 +17,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     is_bf16_available,
+    parse_flag_from_env,
 )
 
 import smallmaps
@@ -101,12 +102,12 @@ def _check_launched_as_meant() -> None:
             "settings on this machine that say so: accelerate launch --config_file accelerate_config.yaml train.py",
             USAGE,
         )
-    gpus, here = torch.cuda.device_count(), int(env.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < gpus < here and env.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+    gpus, here, rank = torch.cuda.device_count(), env.get("LOCAL_WORLD_SIZE"), int(env.get("LOCAL_RANK", "0"))
+    if 0 < gpus <= rank and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise UserError(
             f"{here} processes were started on a machine with {gpus} GPU(s): --num_processes {gpus} or fewer for each "
             "machine; or ACCELERATE_USE_CPU=true, for processes on the CPU",
-            USAGE,
+            shared=rank > gpus,
         )
     launched, meets = "ACCELERATE_MIXED_PRECISION" in env, "MASTER_ADDR" in env and "MASTER_PORT" in env
     ranked = any(name in env for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))

@@ -165,12 +165,16 @@ def _class_folders(config: DataConfig) -> tuple[dict[str, list[str]], list[str]]
 
 def _subfolders(of: Path) -> list[Path]:
     """The folders, and links to folders, in a folder; not hidden ones."""
-    try:
-        with os.scandir(of) as found:
-            names = [each.name for each in found if each.is_dir() and not each.name.startswith((".", "__"))]
-    except OSError:  # not ours to read, such as lost+found
-        return []
+    names = [path.name for path in _inside(of) if path.is_dir() and not path.name.startswith((".", "__"))]
     return [of / name for name in sorted(names, key=lambda name: f"{name}/")]  # as the paths of their files sort
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What a folder holds; nothing if it is not ours to read, such as lost+found."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _has_table(folder: Path) -> bool:
@@ -192,7 +196,7 @@ def _patterns(split: Path) -> list[str]:
     for path in itertools.chain(split.iterdir(), deeper):
         if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file():
             raise UserError(f"data.source: {path} is not directly in a class's folder, as {classes[0]}/*; move it")
-    for path in (path for each in classes for path in each.iterdir()):
+    for path in (path for each in classes for path in _inside(each)):
         if path.suffix.lower() in UNKNOWN:
             raise UserError(f"data.source: {path}: {path.suffix} files are not read here; convert it, to PNG for one")
     return [f"{glob.escape(str(each))}/*" for each in classes]  # each is named, as links are followed only there
@@ -232,10 +236,10 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
                     f"data.source: the classes of column '{column}' in {name} are not those of the other files: {how}"
                 )
     for split, names in files.items():
-        one, other = Path(names[0]).parent, Path(names[-1]).parent
-        if one != other and path.is_dir():
+        folders = sorted({str(Path(name).parent) for name in names})
+        if len(folders) > 1 and path.is_dir():
             raise UserError(
-                f"data.source: {one} and {other} both have files of a split '{split}', which is the part of a file's "
+                f"data.source: {folders[0]} and {folders[1]} have files of one split, '{split}', the part of a file's "
                 "name before the first '-' or '.'. If they belong together, move them into one folder; if not, name "
                 "one of these folders, or rename the files (train-0.parquet, test-0.parquet)"
             )

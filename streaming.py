@@ -25,7 +25,7 @@ CHUNK = 64  # rows read at once
 AHEAD = 8  # chunks read in advance
 CONNECTIONS = 16  # files fetched at once, if each image is its own file
 BUFFER_MB = 1024  # the most that images in the shuffle buffer may take, encoded
-PIECE = 32  # rows read from one file before the next file's turn
+PIECE = 16  # rows read from one file before the next file's turn
 FIRST = 1000  # training rows whose classes are counted, to see whether rows are sorted by class
 
 

@@ -171,7 +171,8 @@ class Tracking:
         if self.accelerator.is_main_process:
             write_whole(self.history.with_name("summary.json"), json.dumps(summary, indent=1) + "\n")
         figures = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
-        self._tell_tracker(lambda: self.accelerator.log(figures))
+        if self.accelerator.is_main_process:  # not logged, as that would make one more epoch of them
+            self._tell_tracker(lambda: self.accelerator.get_tracker("wandb", unwrap=True).summary.update(figures))
 
     def _tell_tracker(self, tell) -> None:
         """Call the tracker. If it dies, say so once and train on without it."""
@@ -257,9 +258,8 @@ def _has_key() -> bool:
     """Whether W&B will find a key, in the environment or the files that it reads; also true if it needs none."""
     import wandb
 
-    if "WANDB_MODE" in os.environ or wandb.setup(wandb.Settings(silent=True)).settings.mode != "online":
-        return True
     try:
-        return wandb.login(prompt=False, verify=False)
-    except wandb.Error:  # a key that can't be one: starting says so
+        settings = wandb.setup(wandb.Settings(silent=True)).settings
+        return "WANDB_MODE" in os.environ or settings.mode != "online" or wandb.login(prompt=False, verify=False)
+    except Exception:  # a key that can't be one, a service that can't be started: starting says so
         return True

@@ -209,7 +209,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             model = unwrap(accelerator, model)
             folding.unfold(model)
 
-        # The test split is read here for the first and only time, with the weights that did best on validation
+        # The test split is judged here for the first and only time, with the weights that did best on validation
         # (without folds, the last ones).
         checkpoint.load_best(model, run)
         tested = NOT_JUDGED

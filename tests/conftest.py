@@ -20,6 +20,7 @@ os.environ |= {
 }
 UNSET = "HF_ENDPOINT HF_TOKEN HF_HUB_CACHE HUGGINGFACE_HUB_CACHE HF_DATASETS_CACHE XDG_CACHE_HOME"
 UNSET += " HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE ACCELERATE_MIXED_PRECISION OMP_NUM_THREADS"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # what is told depends on how many there are
 for name in UNSET.split():
     os.environ.pop(name, None)
 

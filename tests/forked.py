@@ -23,13 +23,17 @@ def run(args: tuple[str, ...], cwd: Path, env: dict[str, str], timeout: float) -
         process = SERVER.Process(target=_as_command, args=(args, cwd, env, files))
         process.start()
         process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(args, timeout)
-        return subprocess.CompletedProcess(args, process.exitcode, *(file.read_text() for file in files))
+        late = process.exitcode is None
+        process.kill()
+        process.join()
+        output = [file.read_text() for file in files]
+        if late:
+            raise subprocess.TimeoutExpired(args, timeout, *output)
+        return subprocess.CompletedProcess(args, process.exitcode, *output)
 
 
 def _as_command(args: tuple[str, ...], cwd: Path, env: dict[str, str], files: list[Path]) -> None:
+    multiprocessing.set_start_method(None, force=True)  # its own workers start as they would without all this
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(cwd)

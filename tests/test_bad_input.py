@@ -273,7 +273,7 @@ CASES = [
     source("a file that is none of these", 2, lambda folder: (folder / "x.zip").touch(),
            "{dir}/data/x.zip is neither a folder nor .parquet files", options="--data.source {dir}/data/x.zip"),
     source("splits in folders of their own", 1, splits_in_folders,
-           "{dir}/data/test and {dir}/data/train both have files of a split '0'",
+           "{dir}/data/test and {dir}/data/train have files of one split, '0'",
            "name one of these folders, or rename the files"),
     source("an image of an unknown format", 1, a_photo_of_a_phone, "{dir}/data/cat/IMG_7.HEIC",
            ".HEIC files are not read here; convert it"),

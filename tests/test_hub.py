@@ -79,11 +79,12 @@ def train(command, server_url, home, output, *more):
 
 
 # The command with less patience: no test waits two minutes for a hub that is down, or half a second 24 times.
-HASTY = "import hub, runpy; hub.FIRST_PAUSE, hub.LOST_AFTER = 0.02, 3; runpy.run_path('train.py', run_name='__main__')"
+HASTY = "import hub, runpy; hub.{} = {}; runpy.run_path('train.py', run_name='__main__')"
 
 
-def train_hastily(command, server_url, home, output, *more):
-    return train(lambda _, *args, env: command("-c", HASTY, *args, env=env), server_url, home, output, *more)
+def train_hastily(command, server_url, home, output, *more, constant="LOST_AFTER", seconds=3):
+    code = HASTY.format(constant, seconds)
+    return train(lambda _, *args, env: command("-c", code, *args, env=env), server_url, home, output, *more)
 
 
 def test_part_3_runs_from_the_hub_streamed(server, command, tmp_path):
@@ -403,7 +404,10 @@ def test_a_run_whose_hub_fails_at_every_turn_ends_with_the_same_weights(failing,
     # Every question of the stream fails first and is then answered, until there have been 24 faults.
     hub_server = failing(chain.from_iterable(zip(islice(cycle(FAULTS), 24), repeat(None))))
     hub_server.limit = {"Retry-After": "0"}  # how long is waited, the tests above look at
-    stormy = train_hastily(command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *options)
+    stormy = train_hastily(
+        command, hub_server.url, tmp_path / "other_home", tmp_path / "stormy", *options, constant="FIRST_PAUSE",
+        seconds=0.02,
+    )  # fmt: skip
     assert stormy.returncode == 0, stormy.stderr
     assert len(hub_server.served) >= 20 and set(hub_server.served) == set(FAULTS)
     weights = [(tmp_path / name / "run" / "best" / "model.safetensors").read_bytes() for name in ("calm", "stormy")]

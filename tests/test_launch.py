@@ -287,9 +287,11 @@ def test_the_way_on_of_one_process_is_one_process_whatever_the_launcher_would_st
 def test_more_processes_than_gpus_are_refused(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launch._check_launched_as_meant()
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match=r"^2 processes were started on a machine with 1 GPU\(s\): --num_processes 1"):
         launch.make_accelerator(make_config())
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
     launch._check_launched_as_meant()
 
 

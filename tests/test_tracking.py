@@ -182,6 +182,7 @@ def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, 
         end_epoch(track)
         assert wandb.run.step == 2, "what W&B gets from now on is of another epoch: this one can be shown"
         track.finish({"test_top1": 0.5})
+        assert (wandb.run.step, wandb.run.summary["test_top1"]) == (2, 0.5)
     err = capsys.readouterr().err
     assert "URL" not in err, "there is none to tell"
     assert f"W&B: there is no API key: offline. To upload later: wandb sync {tmp_path}/wandb/offline-run-*" in err
@@ -201,6 +202,8 @@ def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, 
         ({".netrc": "localhost:8080"}, {"WANDB_BASE_URL": "http://localhost:8080"}, True),
         ({}, {"WANDB_API_KEY": "0" * 40}, True),
         ({}, {"WANDB_API_KEY": "no key"}, True),  # W&B itself says what is wrong with it
+        ({}, {"WANDB_API_KEY": "0" * 40 + "\n"}, True),
+        ({}, {"WANDB_BASE_URL": "nowhere"}, True),
         ({}, {}, False),
     ],
 )
@@ -251,6 +254,7 @@ def test_wandb_that_can_not_be_started_at_all_stops_nothing(start, no_account, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "init_trackers", fails)
+        patch.setattr(wandb, "setup", fails)
         patch.setattr(wandb, "teardown", lambda: sys.exit(1))  # as it does then
         with start(tracking="wandb") as track:
             assert not track.tracker_works
