@@ -102,7 +102,7 @@ def _check_launched_as_meant() -> None:
             "settings on this machine that say so: accelerate launch --config_file accelerate_config.yaml train.py",
             USAGE,
         )
-    gpus, here, rank = torch.cuda.device_count(), env.get("LOCAL_WORLD_SIZE"), int(env.get("LOCAL_RANK", "0"))
+    gpus, here, rank = torch.cuda.device_count(), env.get("LOCAL_WORLD_SIZE", "more"), int(env.get("LOCAL_RANK", "0"))
     if 0 < gpus <= rank and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         raise UserError(
             f"{here} processes were started on a machine with {gpus} GPU(s): --num_processes {gpus} or fewer for each "
