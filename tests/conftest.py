@@ -1,6 +1,7 @@
 """What the tests share: caches of their own, a tiny data set, a tiny run, the real command as a child process."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -43,6 +44,14 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     # A core for each of pytest's workers and its commands: with several threads each, they would wait for one another.
     CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {CORES[int(WORKER) % len(CORES)]})
+
+
+def pytest_collection_finish() -> None:
+    """Each run collects garbage, most of its time if the objects of libraries and tests are looked through."""
+    import hypothesis  # noqa: F401  it looks for an object's referrers, and finds none that are frozen
+
+    gc.collect()
+    gc.freeze()
 
 
 def forget_accelerate() -> None:

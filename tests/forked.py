@@ -3,6 +3,7 @@
 For tests that need a command, but not its start and its end: those are another process's.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -33,6 +34,7 @@ def run(args: tuple[str, ...], cwd: Path, env: dict[str, str], timeout: float) -
 
 
 def _as_command(args: tuple[str, ...], cwd: Path, env: dict[str, str], files: list[Path]) -> None:
+    gc.freeze()
     multiprocessing.set_start_method(None, force=True)  # its own workers start as they would without all this
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
