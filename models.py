@@ -1,7 +1,7 @@
 """Networks and their weights: SimpleCNN, DeepCNN and a small-stem ResNet-50, besides all of timm's.
 
 The project's own networks are registered with timm, so that every model comes from `timm.create_model`, and a run's
-best/ folder loads anywhere that this file is imported (a plain timm backbone needs timm alone).
+best/ folder loads wherever this module has been imported (a plain timm backbone needs timm alone).
 """
 
 import dataclasses
