@@ -7,10 +7,10 @@
 
 docs/results/plan.yaml lists the runs. Each is trained with the shipped command (benchmarks/patches.py instead of
 train.py if a row names patches), judged, unless the plan says otherwise, on the test split under the 19 corruptions and
-with six views of each image averaged (predict.py --tta shifts), and its small files are copied from runs/NAME-seedN to docs/results/NAME-seedN:
-configuration, history, summary, what it was judged at, and how it was made. A run that was cut short is resumed; Ctrl-C
-cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with its curves and the "Measured on"
-line of recipes are generated from those files; no figure in them is written by hand.
+with six views of each image averaged (predict.py --tta shifts), and its small files are copied from runs/NAME-seedN to
+docs/results/NAME-seedN: configuration, history, summary, what it was judged at, and how it was made. A run that was cut
+short is resumed; Ctrl-C cuts one short. The tables in README.md and docs/results.md, docs/comparison.md with its curves
+and the "Measured on" line of recipes are generated from those files; no figure in them is written by hand.
 
 This script makes the runs; results_plan.py reads the plan, and results_tables.py writes the tables.
 """

@@ -1,8 +1,10 @@
 """What the tests share: caches of their own, a tiny data set, a tiny run, the real command as a child process."""
 
+import atexit
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,14 @@ from pathlib import Path
 
 # Before any library is imported: no test may read, or leave anything in, the caches and accounts of whoever runs it.
 CACHE = tempfile.mkdtemp(prefix="tests-cache-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= {
     "HF_HOME": CACHE,
+    **{f"WANDB_{kind}_DIR": f"{CACHE}/wandb-{kind.lower()}" for kind in ("CACHE", "CONFIG", "DATA")},
+    "MPLCONFIGDIR": f"{CACHE}/matplotlib",
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_SYSTEM": os.devnull,
+    "NO_PROXY": "127.0.0.1",
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait sleep: spinning ones bring a busy machine to a halt
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
@@ -21,22 +29,26 @@ os.environ |= {
 }
 UNSET = "HF_ENDPOINT HF_TOKEN HF_HUB_CACHE HUGGINGFACE_HUB_CACHE HF_DATASETS_CACHE XDG_CACHE_HOME"
 UNSET += " HF_HUB_OFFLINE HF_DATASETS_OFFLINE TRANSFORMERS_OFFLINE ACCELERATE_MIXED_PRECISION OMP_NUM_THREADS"
+UNSET += " PMI_SIZE WANDB_API_KEY GIT_DIR"
+if "TORCHELASTIC_RUN_ID" not in os.environ:  # these are of the launcher that started tests/distributed.py
+    UNSET += " WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT ACCELERATE_USE_CPU"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # what is told depends on how many there are
 for name in UNSET.split():
     os.environ.pop(name, None)
 
+import datasets
 import forked
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from datasets import Dataset
 
 import data
 import sources
 from config import Config, DataConfig
 from recipe import check
 
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # 5 seconds after a stream of several files, for their threads
 ROOT = Path(__file__).parent.parent
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
 torch.set_num_threads(1 if WORKER else 2)
@@ -80,7 +92,7 @@ def parquet(tmp_path_factory) -> Path:
 def image_rows():
     """Make an image data set of the embedded data's first rows: `image_rows(20)`."""
 
-    def make(count: int) -> Dataset:
+    def make(count: int) -> datasets.Dataset:
         return sources.embedded_splits(max(count, 200), streams=False)["train"].select(range(count))
 
     return make

@@ -22,6 +22,7 @@ from engine import train_epoch, unwrap, validate
 from errors import UserError
 from faults import fitting_micro_batch
 from phases import make_optimizer
+from processes import on_main, raised_on_all
 from recipe import check
 
 SGD = PhaseConfig(modules="all", epochs=1, lr=0.05, optimizer="sgd")
@@ -119,6 +120,27 @@ def too_few_rows_are_told(accelerator: Accelerator, parquet: str) -> None:
             raise AssertionError("nothing was said")
 
 
+def an_error_of_one_process_is_raised_on_all(accelerator: Accelerator) -> None:
+    """Whichever it is; if the others went on, they would wait for it for half an hour."""
+
+    def fail():
+        raise UserError("no more room", 7)
+
+    def at_once(failing):
+        with raised_on_all(accelerator):
+            if accelerator.process_index == failing:
+                fail()
+
+    for attempt in (lambda: at_once(0), lambda: at_once(1), lambda: on_main(fail)):
+        try:
+            attempt()
+        except UserError as error:
+            assert (str(error), error.exit_code) == ("no more room", 7)
+        else:
+            raise AssertionError("this process has heard of nothing")
+    assert on_main(lambda: accelerator.process_index) == 0
+
+
 def main(parquet: str, corrupted: str) -> None:
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
@@ -178,6 +200,7 @@ def main(parquet: str, corrupted: str) -> None:
 
     a_resumed_epoch_goes_on_behind_its_first_steps(accelerator, parquet)
     too_few_rows_are_told(accelerator, parquet)
+    an_error_of_one_process_is_raised_on_all(accelerator)
     a_micro_batch_that_fits_everywhere(accelerator)
     corrupt_images(accelerator, corrupted)
     accelerator.free_memory()

@@ -41,7 +41,7 @@ def _as_command(args: tuple[str, ...], cwd: Path, env: dict[str, str], files: li
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    sys.path.insert(0, str(cwd))
+    sys.path.insert(0, str(cwd if args[0] == "-c" else Path(args[0]).resolve().parent))
     if args[0] == "-c":
         sys.argv[:] = ["-c", *args[2:]]
         exec(args[1], {"__name__": "__main__"})

@@ -117,15 +117,19 @@ def start(processes: int, function, *args) -> list[int]:
 
 def wait(children: list[int], seconds: float) -> list[int] | None:
     """Exit statuses, or None if not all have ended in time."""
-    ended, until = {}, time.monotonic() + seconds
-    while len(ended) < len(children):
-        for pid in children:
-            if pid not in ended and os.waitpid(pid, os.WNOHANG) != (0, 0):
-                ended[pid] = 0
+    codes, until = {}, time.monotonic() + seconds
+    while len(codes) < len(children):
+        for pid in set(children) - codes.keys():
+            try:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # an earlier call has seen its end, and not the others'
+                ended, status = pid, 0
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
         if time.monotonic() > until:
             return None
         time.sleep(0.002)
-    return list(ended)
+    return list(codes.values())
 
 
 def result(run: Path) -> dict[str, bytes]:
@@ -161,20 +165,21 @@ def main() -> None:
     expected = result(args.folder / "runs" / "whole")
 
     runs = 0
-    while sum(counts.values()) < args.kills:
+    while sum(counts.values()) < args.kills or set(counts) <= {"starting"}:  # where there is nothing to lose yet
         name = f"run{runs}"
         config, run = make_config(args.folder, name, args.data), args.folder / "runs" / name
         runs += 1
         while not (run / "summary.json").exists():
             place[0] = 0
             children = start(args.processes, child, config, run if run.exists() else None, place)
-            if wait(children, draw.uniform(0.2, 1.0) * took) is None:
+            codes = wait(children, draw.uniform(0.2, 1.0) * took)
+            if codes is None:
                 counts[PLACES[place[0]]] += 1
                 for pid in children:
                     with contextlib.suppress(ProcessLookupError):  # one of two may just have ended by itself
                         os.kill(pid, signal.SIGKILL)
                 wait(children, 60)
-            elif not (run / "summary.json").exists():
+            elif any(codes) or not (run / "summary.json").exists():
                 sys.exit(f"an attempt failed:\n{(args.folder / 'log0').read_text()[-3000:]}")
         found = result(run)
         different = [what for what in expected if found.get(what) != expected[what]]

@@ -398,22 +398,25 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(case, argv, tmp_path, 
     assert_told(case, capfd.readouterr().err, tmp_path, good)
 
 
+BY_NAME = {case.name: case for case in CASES}
 AS_TYPED = (
     "recipe: a key twice",
-    "data: a truncated parquet",
     "data: a corrupt image, through a worker",
+)
+AS_FORKS = (
+    "data: a truncated parquet",
     "weights: a pickle",
 )
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name in AS_TYPED], ids=lambda case: case.name)
-def test_the_same_as_a_user_types_it(case, argv, tmp_path, good, command):
-    result = command("train.py", *argv)
+@pytest.mark.parametrize("case", [BY_NAME[name] for name in AS_TYPED + AS_FORKS], ids=AS_TYPED + AS_FORKS)
+def test_the_same_as_a_user_types_it(case, argv, tmp_path, good, command, forked_command):
+    result = (forked_command if case.name in AS_FORKS else command)("train.py", *argv)
     assert result.returncode == case.code
     assert_told(case, result.stderr, tmp_path, good)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.name == "data: one class only"], ids=["launch"])
+@pytest.mark.parametrize("case", [BY_NAME["data: one class only"]], ids=["launch"])
 def test_the_same_through_accelerate_launch(case, argv, tmp_path, good, command):
     """The launcher adds lines of its own about a child that failed."""
     result = command("-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", "train.py", *argv)

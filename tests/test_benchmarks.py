@@ -27,8 +27,8 @@ AT_ONCE = ("throughput.py", "results.py")  # each takes the seconds of its impor
 @pytest.mark.parametrize(
     "script", [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow) for name in SCRIPTS]
 )
-def test_help_teaches(command, script):
-    result = command(f"benchmarks/{script}", "--help")
+def test_help_teaches(forked_command, script):
+    result = forked_command(f"benchmarks/{script}", "--help")
     assert result.returncode == 0, result.stderr[-1000:]
     assert f"python benchmarks/{script}" in result.stdout
 
@@ -45,9 +45,9 @@ def test_help_teaches(command, script):
         ("time_to_accuracy.py --weights nowhere.safetensors", "--weights: there is no file nowhere.safetensors"),
     ],
 )
-def test_mistakes_are_told_in_a_line_before_anything_is_measured(command, line, said):
+def test_mistakes_are_told_in_a_line_before_anything_is_measured(forked_command, line, said):
     script, *options = line.split()
-    result = command(f"benchmarks/{script}", *options)
+    result = forked_command(f"benchmarks/{script}", *options)
     assert result.returncode == 2
     assert said in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

@@ -314,3 +314,16 @@ def test_checkpoints_are_due_by_steps_and_by_minutes(prepared, tmp_path, monkeyp
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
     by_minutes = Checkpoints(accelerator, CheckpointConfig(every_minutes=2), tmp_path, {})
     assert [by_minutes.due(RunState(step=number)) for number in (1, 2, 3)] == [False, False, True]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(prepared, tmp_path, monkeypatch):
+    """Else a power cut could leave a checkpoint by its right name, and without its content."""
+    done, to_disk, replace = [], checkpoint.to_disk, os.replace
+    monkeypatch.setattr(checkpoint, "to_disk", lambda path: (done.append(path), to_disk(path)))
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (done.append(paths), replace(*paths)))
+    save(prepared[0], tmp_path, epoch=1, step=9)
+    (saved,) = checkpoint._folders(tmp_path)
+    unfinished = saved.with_name("unfinished")
+    renamed = done.index((unfinished, saved))
+    assert {unfinished / path.relative_to(saved) for path in [saved, *saved.rglob("*")]} == set(done[:renamed])
+    assert done[renamed + 1 :] == [saved.parent]

@@ -1,13 +1,10 @@
 """The hub's path end to end, against a server on loopback; and what happens when there is no hub."""
 
 import json
-import os
 import re
 import shutil
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -21,6 +18,7 @@ import torch
 import yaml
 from hub_server import COMMIT, FAULTS, HubServer
 from huggingface_hub import constants, get_session
+from huggingface_hub.utils import httpx
 from images import encode, noise
 from safetensors.torch import load_file, save_file
 
@@ -189,7 +187,9 @@ def test_without_hub_or_cache_one_clear_error_comes_soon(command, tmp_path, more
 
 def test_weights_that_are_not_in_a_cache_of_others_are_missed_before_any_data_are_read(command, tmp_path):
     (tmp_path / "home" / "hub" / "models--timm--another").mkdir(parents=True)
-    result = train(command, closed_port(), tmp_path / "home", tmp_path / "runs", "--data.source", "embedded")
+    (tmp_path / "empty").mkdir()  # an error of its own, if it were looked into
+    options = ("--data.source", str(tmp_path / "empty"))
+    result = train(command, closed_port(), tmp_path / "home", tmp_path / "runs", *options)
     assert result.returncode == 1
     assert "timm's pretrained test_resnet is not in this machine's cache" in result.stderr.splitlines()[-1]
 
@@ -233,12 +233,12 @@ def test_caches_are_looked_for_where_the_libraries_have_them(where, caches, tmp_
         ({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "0"}, True, False),
     ],
 )
-def test_the_libraries_own_words_for_offline_are_read_as_they_read_them(words, weights, rows, monkeypatch):
+def test_the_libraries_own_words_for_offline_are_read_as_they_read_them(command, words, weights, rows, monkeypatch):
     for name, value in words.items():
         monkeypatch.setenv(name, value)
     assert (hub.offline(), hub.data_offline()) == (weights, rows)
     libraries = "from datasets import config; print(config.constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE)"
-    assert subprocess.check_output([sys.executable, "-c", libraries], text=True) == f"{weights} {rows}\n"
+    assert command("-c", libraries).stdout == f"{weights} {rows}\n"
 
 
 def test_a_hub_that_accepts_but_never_answers_is_given_up_soon(monkeypatch):
@@ -247,12 +247,11 @@ def test_a_hub_that_accepts_but_never_answers_is_given_up_soon(monkeypatch):
         silent.listen()
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setattr(hub, "PATIENCE", 0.5)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # hub.check sets it; undone afterwards
         monkeypatch.setenv("RANK", "1")
         with pytest.raises(UserError, match="can't be reached, and the dataset uoft-cs/cifar100 is not in"):
             hub.check(parse([])[0])
         assert hub.offline()
-        os.environ.pop("HF_HUB_OFFLINE")
 
 
 @pytest.mark.parametrize(
@@ -276,6 +275,19 @@ def test_the_hub_is_not_asked_when_nothing_is_wanted_from_it(monkeypatch, server
     assert len(server.requests) == before
     hub.check(parse([])[0])
     assert server.requests[before:] == [("HEAD", "/")]
+    assert not hub.offline()
+
+
+def test_a_resumed_run_has_its_weights_and_needs_no_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", closed_port())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # hub.check sets it; undone afterwards
+    config = parse(["--data.source", "embedded", "--model.name", "test_resnet"])[0]
+    assert config.model.pretrained
+    with pytest.raises(UserError, match="timm's pretrained test_resnet is not in this machine's cache"):
+        hub.check(config, tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    (tmp_path / "checkpoints" / "00001-000000009").mkdir(parents=True)
+    hub.check(config, tmp_path)
     assert not hub.offline()
 
 
@@ -385,6 +397,34 @@ def test_the_wait_that_a_rate_limit_announces_is_granted(failing, monkeypatch):
     hub_server.limit = {"RateLimit": '"resolvers";r=0;t=200'}
     assert get_session().get(f"{hub_server.url}/{FILE}", headers={"Range": "bytes=0-3"}).content == b"PAR1"
     assert pauses == [200, 200]
+
+
+@pytest.mark.parametrize(("told", "waited"), [("7", 7), ("9999", hub.LONGEST_WAIT)])
+def test_a_wait_that_is_told_is_kept_to_within_reason(failing, monkeypatch, told, waited):
+    pauses = []
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    hub_server = failing(["429"])
+    hub_server.limit = {"Retry-After": told}
+    assert get_session().get(f"{hub_server.url}/{FILE}", headers={"Range": "bytes=0-3"}).content == b"PAR1"
+    assert pauses == [waited]
+
+
+def test_a_hub_that_keeps_failing_is_given_up(failing, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(hub.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    hub_server = failing(repeat("503"))
+    with pytest.raises(UserError, match=r"stopped answering \(503 .*--resume"):
+        get_session().get(f"{hub_server.url}/{FILE}", headers={"Range": "bytes=0-3"})
+    assert hub.LOST_AFTER < clock[0] <= hub.LOST_AFTER + 8
+    assert len(hub_server.requests) > 15
+
+
+@pytest.mark.parametrize(("method", "path"), [("HEAD", FILE), ("GET", "api/whoami-v2")])
+def test_what_a_stream_can_do_without_is_asked_for_once(monkeypatch, method, path):
+    monkeypatch.setattr(hub.time, "sleep", lambda _: pytest.fail("it is asked for again"))
+    with pytest.raises(httpx.ConnectError):
+        get_session().request(method, f"{closed_port()}/{path}")
 
 
 def test_what_the_hub_refuses_is_not_asked_again(failing):

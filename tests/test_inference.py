@@ -12,6 +12,6 @@ def test_views():
     shifts = views(images, "shifts")
     assert len(shifts) == 6
     assert all(view.shape == images.shape for view in shifts)
-    lower_right, upper_left = shifts[2], shifts[3]
-    assert torch.equal(lower_right[:, :, 2:, 2:], images[:, :, :-2, :-2])
-    assert torch.equal(upper_left[:, :, :-2, :-2], images[:, :, 2:, 2:])
+    for shown, lower_right, upper_left in ((images, *shifts[2:4]), (images.flip(3), *shifts[4:])):
+        assert torch.equal(lower_right[:, :, 2:, 2:], shown[:, :, :-2, :-2])
+        assert torch.equal(upper_left[:, :, :-2, :-2], shown[:, :, 2:, 2:])

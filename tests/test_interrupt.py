@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+import psutil
 import pytest
 from accelerate import Accelerator
 from conftest import error_of
@@ -127,6 +128,16 @@ def test_a_signal_counts_even_if_nobody_reads_what_is_said_of_it(monkeypatch):
             interrupt.check()
 
 
+def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_launchers_copy(monkeypatch):
+    seconds = iter([0, 1, 3])
+    monkeypatch.setattr("interrupt.time.monotonic", lambda: next(seconds))
+    with Interrupt(Accelerator(cpu=True), "go on"):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_closed_terminal_counts_unless_the_run_was_started_to_outlive_it():
     before = signal.getsignal(signal.SIGHUP)
     try:
@@ -142,8 +153,10 @@ def test_a_closed_terminal_counts_unless_the_run_was_started_to_outlive_it():
 
 
 def test_several_processes_stop_at_the_same_step(long_run):
+    """Though only one of them, and not the one that speaks, has got the signal."""
     process, run = long_run(TORCHRUN, TWO_PROCESSES)
-    process.send_signal(signal.SIGTERM)
+    (other,) = (child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1")
+    other.send_signal(signal.SIGTERM)
     told = error_of(process)
     assert process.returncode != 0
     assert told.count("stopped by SIGTERM; go on with") == 1, told

@@ -67,6 +67,8 @@ def test_train_py_runs_on_two_processes(command, parquet, tmp_path):
     assert result.stdout.count("phase finetune") == 1, "one process speaks"
     history = (tmp_path / "run" / "history.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in history] == [1, 2]
+    rows = len(data.load(DataConfig(source=str(parquet), streaming=False)).train)
+    assert json.loads(history[0])["step"] == rows // 64, "each process takes its share of a batch, not the whole of it"
     environment = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["environment"]
     assert environment["processes"] == 2
 
@@ -140,24 +142,27 @@ def test_cores_are_no_more_than_a_containers_quota(monkeypatch, tmp_path, quota,
 
 
 @pytest.mark.parametrize(
-    ("values", "share"),
-    [({"batch_size": 64}, (64, 64)), ({"batch_size": 64, "micro_batch_size": 16}, (64, 16))],
+    ("processes", "micro", "share"), [(1, None, (64, 64)), (1, 16, (64, 16)), (4, None, (16, 16)), (4, 8, (16, 8))]
 )
-def test_the_batch_is_shared_out(make_config, values, share):
-    accelerator = Accelerator(cpu=True)
-    assert launch.share_of_batch(make_config(data=values), accelerator) == share
+def test_the_batch_is_shared_out(make_config, processes, micro, share):
+    config = make_config(data={"batch_size": 64, "micro_batch_size": micro})
+    assert launch.share_of_batch(config, SimpleNamespace(num_processes=processes)) == share
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("processes", "batch", "micro", "message"),
     [
-        ({"batch_size": 50, "micro_batch_size": 16}, "16 does not divide the 50 images of each .*: 10 or 25"),
-        ({"batch_size": 8, "micro_batch_size": 16}, "16 on 1 process.* is more than data.batch_size 8"),
+        (1, 50, 16, "16 does not divide the 50 images of each .*: 10 or 25"),
+        (1, 8, 16, "16 on 1 process.* is more than data.batch_size 8"),
+        (4, 50, None, "50 images can't be divided equally among 4 processes; nearest: 48 or 52$"),
+        (4, 2, None, "nearest: 4$"),
+        (2, 50, 10, "10 does not divide the 25 images of each .*: 5 or 25"),
     ],
 )
-def test_a_batch_that_can_not_be_shared_names_the_nearest(make_config, values, message):
+def test_a_batch_that_can_not_be_shared_names_the_nearest(make_config, processes, batch, micro, message):
+    config = make_config(data={"batch_size": batch, "micro_batch_size": micro})
     with pytest.raises(UserError, match=message):
-        launch.share_of_batch(make_config(data=values), Accelerator(cpu=True))
+        launch.share_of_batch(config, SimpleNamespace(num_processes=processes))
 
 
 def test_the_shipped_accelerate_config_is_one_process_anywhere():

@@ -26,6 +26,7 @@ import checkpoint
 import decoding
 import launch
 import models
+import predict
 import runs
 import sharing
 import train
@@ -294,7 +295,13 @@ def test_an_id_that_is_none_is_refused_before_anything_begins(text):
         sharing.check(text)
 
 
-@pytest.mark.parametrize("text", [*ODD, "user/model", "A_b/c.d-e", "1/2", "a/" + "b" * 96])
+@pytest.mark.parametrize("text", ["user/model", "A_b/c.d-e", "1/2", "a/" + "b" * 96])
+def test_an_id_is_taken_for_one(text):
+    assert hub_id(text) == text
+    validate_repo_id(text)
+
+
+@pytest.mark.parametrize("text", ODD)
 def test_what_we_take_for_an_id_the_library_takes_too(text):
     try:
         assert hub_id(text) == text
@@ -431,10 +438,13 @@ def test_what_is_refused_after_training_leaves_the_run_whole_and_is_repeated_alo
     assert f"python predict.py {run} --push_to_hub other/model" in str(caught.value)
     assert (run / "summary.json").exists() and sharing.card_of(run).exists()
     assert server.commits == []
-    assert sharing.push(run, "user/model") == f"{server.url}/user/model"
-    assert sharing.push(run, "user/model") == f"{server.url}/user/model", "as often as one likes"
+    capfd.readouterr()
+    for _ in range(2):  # as often as one likes
+        predict.upload(predict.parse([str(run), "--push_to_hub", "user/model"])[0])
+    said = capfd.readouterr()
+    assert said.out.splitlines() == [f"uploaded: {server.url}/user/model"] * 2
     assert server.commits == [["README.md", "config.json", "model.safetensors"]] * 2
-    assert TOKEN not in str(caught.value) + "".join(capfd.readouterr())
+    assert TOKEN not in str(caught.value) + "".join(said)
 
 
 def test_an_edited_card_is_uploaded_as_it_is(server, ended, tmp_path):

@@ -146,7 +146,7 @@ def test_the_bar_tells_the_rate_and_what_is_left_of_what_is_trained_now(start, m
         isatty = lambda self: True  # noqa: E731
 
     def bar(**options):
-        bars.append(real(**options | {"file": Terminal(), "disable": False, "mininterval": 0, "ncols": 150}))
+        bars.append(real(**options | {"file": Terminal(), "mininterval": 0, "ncols": 150}))
         return bars[-1]
 
     monkeypatch.setattr(tracking, "tqdm", bar)

@@ -14,7 +14,7 @@ class WandbServer:
         self.projects: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()  # seconds until it stops
 
     def stop(self):
         """From now on connections are refused; one that is open gets no answer."""
