@@ -21,11 +21,12 @@ import hub
 from config import DataConfig
 from errors import USAGE, UserError, first_line
 
+DO_WITHOUT = "; --data.test_split null does without these rows"
 UNKNOWN = {".avif", ".heic", ".heif", ".jxl"} - set(ImageFolder.EXTENSIONS)  # photos that `datasets` would pass over
 
 
 def open_splits(config: DataConfig) -> Mapping:
-    """All splits of the source by name, streamed or memory-mapped; None for subfolders that no option names.
+    """All splits of the source by name, streamed or memory-mapped; None for local ones that no option names.
 
     Raises:
         UserError: the source can't be loaded.
@@ -39,14 +40,12 @@ def open_splits(config: DataConfig) -> Mapping:
     try:
         if kind == "embedded":
             return embedded_splits(config.embedded_rows, streams)
-        if kind == "parquet":
-            files = {split: [*map(glob.escape, names)] for split, names in _parquet_files(config.source).items()}
-            return datasets.load_dataset("parquet", data_files=files, streaming=streams)
-        if kind == "folder":
-            files, others = _class_folders(config)
+        if kind in ("parquet", "folder"):
+            files, others = (_parquet_files if kind == "parquet" else _class_folders)(config)
             if not files:
                 return dict.fromkeys(others)
-            splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
+            reader, options = ("imagefolder", {"drop_labels": False}) if kind == "folder" else ("parquet", {})
+            splits = datasets.load_dataset(reader, data_files=files, streaming=streams, **options)
             return dict.fromkeys(others) | splits
         builder = _hub_builder(config)
         if streams and not hub.data_offline():
@@ -65,7 +64,7 @@ def open_splits(config: DataConfig) -> Mapping:
         if kind == "hub" and hub.data_offline():
             raise hub.unreachable(f"the dataset {config.source}") from error
         if kind == "parquet":
-            _check_pages(config.source)
+            _check_pages(files)
         reason = first_line(error.__cause__ or error)
         if "Config name is missing" in reason:  # the next line lists them
             reason = f"it has several subsets. {' '.join(str(error).splitlines()[1:2])}: --data.subset"
@@ -202,40 +201,24 @@ def _patterns(split: Path) -> list[str]:
     return [f"{glob.escape(str(each))}/*" for each in classes]  # each is named, as links are followed only there
 
 
-def _parquet_files(source: str) -> dict[str, list[str]]:
-    """Files by split: the part of a file's name before the first '-' or '.', as in train-00000-of-00001.parquet.
+def _parquet_files(config: DataConfig) -> tuple[dict[str, list[str]], list[str]]:
+    """The file patterns of the wanted splits, and the names of all splits there are.
+
+    A file's split is the part of its name before the first '-' or '.', as in train-00000-of-00001.parquet.
 
     Raises:
-        UserError: a file is not parquet or has unknown column types, files disagree about their classes, a split has no
-            rows, or a folder's subfolders have files of one split: it may be several, such as train/0.parquet and
-            test/0.parquet. Only the files' footers are read.
+        UserError: a file is not parquet or has unknown column types, files disagree about their columns or classes, a
+            split has no rows, or a folder's subfolders have files of one split: it may be several, such as
+            train/0.parquet and test/0.parquet. Only the files' footers are read.
     """
-    path = Path(source).expanduser()
+    path = Path(config.source).expanduser()
     names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
-    files, rows, classes = {}, {}, {}
+    found = {}
     for name in sorted(filter(os.path.isfile, names)):
-        split = Path(name).name.split(".")[0].split("-")[0]
-        files.setdefault(split, []).append(name)
-        try:
-            end = pa.parquet.read_metadata(name)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"data.source: {name} is not an intact parquet file: {first_line(error)}") from error
-        rows[split] = rows.get(split, 0) + end.num_rows
-        try:
-            features = Features.from_arrow_schema(end.schema.to_arrow_schema())
-        except Exception as error:  # types of a newer `datasets`, or broken metadata
-            raise UserError(
-                f"data.source: {name} has columns that this `datasets` can't read: {first_line(error)}"
-            ) from error
-        for column, feature in features.items():
-            # `datasets` uses one file's class names for all files, which would silently change what labels mean.
-            if isinstance(feature, ClassLabel) and feature.names != classes.setdefault(column, feature.names):
-                odd = [one for one in feature.names if one not in classes[column]][:5]
-                how = f"it has {', '.join(odd)} besides" if odd else f"{len(feature.names)} in an order of its own"
-                raise UserError(
-                    f"data.source: the classes of column '{column}' in {name} are not those of the other files: {how}"
-                )
-    for split, names in files.items():
+        found.setdefault(Path(name).name.split(".")[0].split("-")[0], []).append(name)
+    # `datasets` reads all files with the first one's columns and class names, so training's come first.
+    files = {split: found[split] for split in (config.train_split, config.test_split) if split in found}
+    for split, names in (files or found).items():
         folders = sorted({str(Path(name).parent) for name in names})
         if len(folders) > 1 and path.is_dir():
             raise UserError(
@@ -243,15 +226,52 @@ def _parquet_files(source: str) -> dict[str, list[str]]:
                 "name before the first '-' or '.'. If they belong together, move them into one folder; if not, name "
                 "one of these folders, or rename the files (train-0.parquet, test-0.parquet)"
             )
-    for split, count in rows.items():
-        if not count:
-            raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(files[split])})")
-    return files
+    first = None
+    for split, names in files.items():
+        rows = 0
+        for name in names:
+            features, more = _footer(name)
+            first, rows = first or (name, features), rows + more
+            _check_same_columns(name, features, *first, "" if split == config.train_split else DO_WITHOUT)
+        if not rows:
+            raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(names)})")
+    return {split: [*map(glob.escape, names)] for split, names in files.items()}, list(found)
 
 
-def _check_pages(source: str) -> None:
+def _footer(name: str) -> tuple[Features, int]:
+    """A parquet file's columns and its number of rows."""
+    try:
+        end = pa.parquet.read_metadata(name)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"data.source: {name} is not an intact parquet file: {first_line(error)}") from error
+    try:
+        return Features.from_arrow_schema(end.schema.to_arrow_schema()), end.num_rows
+    except Exception as error:  # types of a newer `datasets`, or broken metadata
+        raise UserError(
+            f"data.source: {name} has columns that this `datasets` can't read: {first_line(error)}"
+        ) from error
+
+
+def _check_same_columns(name: str, features: Features, first: str, wanted: Features, remedy: str) -> None:
+    """UserError if a file has columns or classes that the first one has not: its labels would mean something else."""
+    for column, feature in features.items():
+        if column not in wanted:
+            raise UserError(f"data.source: {name} has a column '{column}', which {first} has not{remedy}")
+        if not isinstance(feature, ClassLabel):
+            continue
+        names = getattr(wanted[column], "names", None)
+        if feature.names != names:
+            odd = [one for one in feature.names if one not in (names or feature.names)][:5]
+            how = f"it has {', '.join(odd)} besides" if odd else f"{len(feature.names)} in an order of its own"
+            raise UserError(
+                f"data.source: the classes of column '{column}' in {name} are not those of the other files: "
+                f"{how if names else f'{first} names none'}{remedy}"
+            )
+
+
+def _check_pages(files: dict[str, list[str]]) -> None:
     """Raise a UserError that names the first file with an unreadable page; `datasets` names none."""
-    for name in (name for names in _parquet_files(source).values() for name in names):
+    for name in (name for patterns in files.values() for pattern in patterns for name in glob.glob(pattern)):
         try:
             for _ in pa.parquet.ParquetFile(name).iter_batches():
                 pass

@@ -315,7 +315,7 @@ CASES = [
     source("a class in test that train lacks", 1, parquet(rows(THREE), rows(THREE, label_3=2)),
            "data.test_split: 'test' has rows of c, of which 'train' has none", "--data.test_split null"),
     source("classes in another order in test", 1, parquet(rows(THREE), rows(OTHER)),
-           "the classes of column 'label' in {dir}/data/train.parquet are not those of the other files"),
+           "the classes of column 'label' in {dir}/data/test.parquet are not those of the other files"),
     # ---- images
     source("a corrupt image", 1, parquet(rows(image_7=PNGS[7]["bytes"][:200], image_8=b"GIF89a")), "the image in row ",
            "of split 'train' can't be decoded: ", "--data.on_corrupt skip", options="--data.batch_size 2"),

@@ -309,7 +309,7 @@ def test_superclasses_that_cannot_be_read_are_told():
 
 def test_an_empty_split_is_an_error(tmp_path):
     parquet_of(tmp_path, [])
-    with pytest.raises(UserError, match=f"the split 'test' has no rows .{tmp_path}/test.parquet"):
+    with pytest.raises(UserError, match=f"the split 'train' has no rows .{tmp_path}/train.parquet"):
         load(tmp_path)
 
 
@@ -319,6 +319,39 @@ def test_a_broken_parquet_file_is_named(tmp_path, content):
     broken = tmp_path / "train-00001-of-00002.parquet"
     broken.write_bytes((tmp_path / "train.parquet").read_bytes()[:-9] if content is None else content)
     with pytest.raises(UserError, match=f"data.source: {broken} is not an intact parquet file"):
+        load(tmp_path)
+
+
+def test_only_files_of_the_splits_that_are_wanted_are_read(tmp_path):
+    """As in a contest, whose test rows have an id for a label, and beside something else altogether."""
+    images = [encode(image) for image in noise(40)]
+    parquet_of(tmp_path, images)
+    features = Features(id=Value("string"), image=Image())
+    test = Dataset.from_dict({"id": [str(row) for row in range(40)], "image": images}, features=features)
+    test.to_parquet(tmp_path / "test.parquet")
+    (tmp_path / "embeddings.parquet").write_bytes(b"?")
+    for streaming in (False, True):
+        source = load(tmp_path, streaming=streaming, test_split=None, folds=None, batch_size=8)
+        assert source.class_names == ["a", "b"]
+        assert sum(1 for _ in source.train) == 40
+        with pytest.raises(UserError, match=r"test.parquet has a column 'id', which .*train.parquet has not; .*null"):
+            load(tmp_path, streaming=streaming)
+    with pytest.raises(UserError, match="has no split 'training'; it has embeddings, test, train"):
+        load(tmp_path, train_split="training", test_split=None)
+    test.remove_columns("id").to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UserError, match="holds None in row 0 of split 'test'"):
+        load(tmp_path)
+
+
+def test_class_names_are_those_of_the_training_file_whatever_the_others_have(tmp_path):
+    images, features = [encode(image) for image in noise(40)], Features(image=Image(), label=Value("int64"))
+    parquet_of(tmp_path, images)
+    plain = Dataset.from_dict({"image": images, "label": [0, 1] * 20}, features=features)
+    plain.to_parquet(tmp_path / "test.parquet")
+    source = load(tmp_path)
+    assert source.class_names == source.test.features["label"].names == ["a", "b"]
+    plain.to_parquet(tmp_path / "train-0.parquet")
+    with pytest.raises(UserError, match=r"'label' in .*train.parquet are not those .*: .*train-0.parquet names none"):
         load(tmp_path)
 
 
@@ -333,12 +366,10 @@ def test_classes_of_the_test_split_are_those_of_training(tmp_path):
     write("train", ["cat", "dog", "eel"], [0, 1] * 10)
     write("test", ["dog", "cat", "eel"], [0, 1] * 10)
     for streaming in (False, True):  # the labels would silently mean something else
-        with pytest.raises(
-            UserError, match=r"'label' in .*train.parquet are not those of .*: 3 in an order of its own"
-        ):
+        with pytest.raises(UserError, match=r"'label' in .*test.parquet are not those of .*: 3 in an order of its own"):
             load(tmp_path, streaming=streaming)
     write("test", ["cat", "dog", "fox"], [0, 1] * 10)
-    with pytest.raises(UserError, match="it has eel besides"):
+    with pytest.raises(UserError, match=r"it has fox besides; --data.test_split null does without"):
         load(tmp_path)
     write("test", ["cat", "dog", "eel"], [0, 2] * 10)
     with pytest.raises(UserError, match=r"data.test_split: 'test' has rows of eel, of which 'train' has none"):
