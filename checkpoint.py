@@ -49,6 +49,8 @@ class Checkpoints:
         self, accelerator: Accelerator, config: CheckpointConfig, run: Path, facts: dict, resumed: "Saved | None" = None
     ):
         self.accelerator, self.config, self.run, self.facts = accelerator, config, run, facts
+        # Accelerate itself drops all but one of the weights in a storage, such as an LSTM's on a GPU.
+        accelerator.register_save_state_pre_hook(lambda models, states, folder: [*map(_part, states)])
         self.saved_at = time.monotonic()
         self.saved = (resumed.state.epoch, resumed.state.step) if resumed else None
 
@@ -230,12 +232,15 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     if accelerator.is_main_process and (path / "best").is_dir():
         _put_in_place(path / "best", run / "best", shutil.copyfile)
     states = path / f"random_states_{accelerator.process_index}.pkl"
+    loading = accelerator.register_load_state_pre_hook(_load_weights)
     try:
         accelerator.load_state(str(path))
         accelerator.step = 0  # its count of pieces, whose size may have changed: a checkpoint lies between steps
         restored = states.is_file() and _random_states_are(load_safely(states))
     except UnpicklingError as error:  # Accelerate loads with weights_only
         raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error
+    finally:
+        loading.remove()
     if not restored:
         raise UserError(
             f"--resume: {path} has no matching random states for process {accelerator.process_index}: resume with as "
@@ -244,6 +249,11 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     epoch = load_file(path / f"epoch_{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     return epoch
+
+
+def _load_weights(models: list[nn.Module], folder: str) -> None:
+    """In place of safetensors' `load_model`, which refuses weights that are parts of one storage."""
+    models.pop().load_state_dict(load_file(Path(folder, "model.safetensors")))
 
 
 def _random_states_are(states: dict) -> bool:
@@ -269,7 +279,7 @@ def save_best(model: nn.Module, run: Path) -> None:
     cfg = dict(model.pretrained_cfg)
     label_names = cfg.pop("label_names")
     arguments = {"img_size": list(cfg["input_size"][1:])} if cfg.get("fixed_input_size") else None
-    contiguous = model.register_state_dict_post_hook(_make_contiguous)
+    parting = model.register_state_dict_post_hook(lambda model, state, *_: _part(state))
     try:
         save_for_hf(
             model,
@@ -279,14 +289,21 @@ def save_best(model: nn.Module, run: Path) -> None:
             safe_serialization=True,
         )
     finally:
-        contiguous.remove()
+        parting.remove()
     _put_in_place(unfinished, run / "best", os.replace)
     unfinished.rmdir()
 
 
-def _make_contiguous(model: nn.Module, state: dict[str, Tensor], *_) -> None:
-    """safetensors writes no other layout; weights may be channels_last."""
-    state.update({name: tensor.contiguous() for name, tensor in state.items()})
+def _part(state: dict[str, Tensor]) -> None:
+    """Make a state such as safetensors can write: contiguous, and no two weights in one storage.
+
+    Weights may be channels_last, and modules may share theirs, as CoaT's stages do.
+    """
+    storages = set()
+    for name, tensor in state.items():
+        storage = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.contiguous() if storage not in storages else tensor.clone().contiguous()
+        storages.add(storage)
 
 
 def _put_in_place(source: Path, best: Path, move) -> None:

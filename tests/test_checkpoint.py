@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 
@@ -327,3 +328,29 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(prepared, tmp_path, 
     renamed = done.index((unfinished, saved))
     assert {unfinished / path.relative_to(saved) for path in [saved, *saved.rglob("*")]} == set(done[:renamed])
     assert done[renamed + 1 :] == [saved.parent]
+
+
+def test_weights_that_share_memory_are_all_saved(tmp_path):
+    """Of one module under two names, and of two views of one storage, such as cuDNN makes of an LSTM's weights."""
+
+    def make(value: float):
+        model, storage = torch.nn.Module(), torch.full((8,), value)
+        model.one = model.other = torch.nn.Linear(2, 2)
+        model.left, model.right = (torch.nn.Parameter(part) for part in storage.chunk(2))
+        return model
+
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(make(1.0))
+    save(accelerator, tmp_path, epoch=1, step=9)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    checkpoint.restore(accelerator, checkpoint.newest(tmp_path), tmp_path)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+    coat = timm.create_model("coat_lite_tiny", num_classes=2)
+    coat.pretrained_cfg = coat.pretrained_cfg | {"label_names": ["a", "b"]}
+    checkpoint.save_best(coat, tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'best'}", pretrained=True).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in coat.state_dict().items())
