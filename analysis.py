@@ -29,23 +29,26 @@ def analyse(
         classes), `per_class`, `confused` (pairs, most frequent first) and `superclasses` (or None). Accuracies are
         fractions; None where there are no rows.
     """
-    hits = labels == predicted
-    confusion = np.zeros((len(class_names), len(class_names)), dtype=int)
-    np.add.at(confusion, (labels, predicted), 1)
+    hits, count = labels == predicted, len(class_names)
+    rows, right = (np.bincount(these, minlength=count) for these in (labels, labels[hits]))
     bins = _reliability(hits, confidence)
     gaps = (each["rows"] * abs(each["accuracy"] - each["confidence"]) for each in bins if each["rows"])
     return {
         "ece": sum(gaps) / len(labels),
         "reliability": bins,
         "class_names": list(class_names),
-        "confusion": confusion.tolist() if len(class_names) <= MOST else [],
+        "confusion": _confusion(labels, predicted, count).tolist() if count <= MOST else [],
         "per_class": [
-            {"name": name, "rows": int(row.sum()), "top1": _share(row[index], row.sum())}
-            for index, (name, row) in enumerate(zip(class_names, confusion, strict=True))
+            {"name": name, "rows": int(of_class), "top1": _share(hit, of_class)}
+            for name, of_class, hit in zip(class_names, rows, right, strict=True)
         ],
-        "confused": _confused(confusion, class_names),
-        "superclasses": _by_superclass(confusion, class_names, superclasses) if superclasses else None,
+        "confused": _confused(labels, predicted, rows, class_names),
+        "superclasses": _by_superclass(labels, predicted, class_names, superclasses) if superclasses else None,
     }
+
+
+def _confusion(labels: np.ndarray, predicted: np.ndarray, count: int) -> np.ndarray:
+    return np.bincount(labels * count + predicted, minlength=count**2).reshape(count, count)
 
 
 def _reliability(hits: np.ndarray, confidence: np.ndarray) -> list[dict]:
@@ -61,30 +64,33 @@ def _reliability(hits: np.ndarray, confidence: np.ndarray) -> list[dict]:
     return bins
 
 
-def _confused(confusion: np.ndarray, class_names: list[str]) -> list[dict]:
-    mistakes = confusion * (1 - np.eye(len(confusion), dtype=int))
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:PAIRS]
-    pairs = zip(*np.unravel_index(order, mistakes.shape), strict=True)
+def _confused(labels: np.ndarray, predicted: np.ndarray, rows: np.ndarray, class_names: list[str]) -> list[dict]:
+    """Pairs are counted, not looked up in a matrix: of ten thousand classes it would take a gigabyte."""
+    wrong, count = labels != predicted, len(class_names)
+    pairs, times = np.unique(labels[wrong] * count + predicted[wrong], return_counts=True)
+    order = np.argsort(-times, kind="stable")[:PAIRS]
     return [
         {
-            "true": class_names[true],
-            "predicted": class_names[predicted],
-            "rows": int(mistakes[true, predicted]),
-            "share": _share(mistakes[true, predicted], confusion[true].sum()),
+            "true": class_names[pair // count],
+            "predicted": class_names[pair % count],
+            "rows": int(often),
+            "share": _share(often, rows[pair // count]),
         }
-        for true, predicted in pairs
-        if mistakes[true, predicted]
+        for pair, often in zip(pairs[order], times[order], strict=True)
     ]
 
 
-def _by_superclass(confusion: np.ndarray, class_names: list[str], superclasses: dict[str, str]) -> dict:
+def _by_superclass(
+    labels: np.ndarray, predicted: np.ndarray, class_names: list[str], superclasses: dict[str, str]
+) -> dict:
     """By superclass: how often the exact class was predicted, and how often any class of the superclass."""
     groups = np.array([superclasses.get(name, "") for name in class_names])
+    true_group, predicted_group = groups[labels], groups[predicted]
     each, inside_all = [], 0
     for name in sorted(set(superclasses.values())):
-        members = groups == name
-        rows, inside = confusion[members].sum(), confusion[np.ix_(members, members)].sum()
-        right = np.diag(confusion)[members].sum()
+        members = true_group == name
+        rows, inside = members.sum(), (predicted_group[members] == name).sum()
+        right = (labels[members] == predicted[members]).sum()
         each.append(
             {"name": name, "rows": int(rows), "top1": _share(right, rows), "superclass_top1": _share(inside, rows)}
         )

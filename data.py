@@ -8,9 +8,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from datasets import ClassLabel, Dataset, IterableDataset
+from tqdm import tqdm
 
 import columns
 import sources
@@ -18,7 +20,7 @@ import streaming
 from config import DataConfig
 from decoding import ROW, CorruptImage, bytes_of, corrupt, decode
 from errors import USAGE, UserError, first_line
-from processes import on_main
+from processes import no_bar, on_all, on_main, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     if isinstance(train, Dataset):
         if not only_test:
             columns.check_classes(train, test, label, classes, config)
+        _check_same_everywhere(train, test, label, classes, config)
         train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
     if isinstance(test, IterableDataset):
         if not only_test:
@@ -98,12 +101,34 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
         validation = stream.validation if config.folds else None
         return Data(stream.training, validation, test, image, label, class_labels, classes, size)
     size = first_size(train, image, config, config.train_split)
+    if test and not config.image_size and (other := first_size(test, image, config, config.test_split)) != size:
+        there, here = (f"{width}x{height}" for height, width in (other, size))
+        raise UserError(
+            f"images differ in size ({here} pixels in split '{config.train_split}', {there} in '{config.test_split}'): "
+            "set a size to resize them all to, for example --data.image_size 224, or do without test figures: "
+            "--data.test_split null"
+        )
     training, validation = hold_out(train, image, on_side) if config.folds else (train, None)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
         if rows is not None and not len(rows):
             folds = f"fold {config.fold} of {config.folds} validates" if config.folds else "none are held out"
             raise UserError(f"{config.source}: no {name} rows (of {len(train)}, {folds})")
     return Data(training, validation, test, image, label, class_labels, classes, size)
+
+
+def _check_same_everywhere(
+    train: Dataset, test: Dataset | None, label: str, classes: list[str], config: DataConfig
+) -> None:
+    """UserError if processes have other rows, on machines whose folders differ: an epoch would mix all of them."""
+    labels = [rows.data.column(label).to_numpy() for rows in (train, test) if rows]
+    digest = hashlib.blake2b(b"".join(column.astype(np.int64).tobytes() for column in labels)).digest()
+    found = on_all(lambda: (f"{' + '.join(str(len(column)) for column in labels)} rows", classes, digest))
+    if any(one != found[0] for one in found):
+        rows = ", ".join(sorted({rows for rows, *_ in found}))
+        raise UserError(
+            f"data.source: {config.source} is not the same on all machines ({rows}): each needs the same files",
+            shared=True,
+        )
 
 
 def _size(rows: Dataset | streaming.Stream, image: str, config: DataConfig, split: str) -> tuple[int, int]:
@@ -148,9 +173,18 @@ def held_out(content: bytes, folds: int | None, fold: int) -> bool:
 
 
 def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> tuple[Dataset, Dataset]:
-    """Split memory-mapped rows into (training, validation)."""
-    batches = dataset.select_columns([image]).iter(32)  # photos are large
-    side = np.array([on_side(bytes_of(encoded)) for batch in batches for encoded in batch[image]])
+    """Split memory-mapped rows into (training, validation). Each process reads its share of the images."""
+    share = dataset.select_columns([image]).shard(world_size(), rank(), contiguous=True)
+
+    def sides() -> list[bool]:
+        with tqdm(total=len(share), desc="holding out", unit=" images", leave=False, delay=2, disable=no_bar()) as bar:
+            found = []
+            for batch in share.iter(32):  # photos are large
+                found += [on_side(bytes_of(encoded)) for encoded in batch[image]]
+                bar.update(len(batch[image]))
+            return found
+
+    side = np.array(list(chain.from_iterable(on_all(sides))), dtype=bool)
     return dataset.select(np.flatnonzero(~side)), dataset.select(np.flatnonzero(side))
 
 

@@ -85,14 +85,15 @@ class Classifier:
         Raises:
             UserError: the data have a class that the model does not know.
         """
-        unknown = [name for name in class_names if name not in self.class_names]
+        place = {name: index for index, name in enumerate(self.class_names)}
+        unknown = [name for name in class_names if name not in place]
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise UserError(
                 f"{source}: its classes {', '.join(unknown[:5])}{more} are not among the {len(self.class_names)} that "
                 "this run was trained on; classes are matched by name"
             )
-        return torch.tensor([*map(self.class_names.index, class_names), IGNORED])
+        return torch.tensor([*map(place.get, class_names), IGNORED])
 
     @torch.inference_mode()
     def __call__(self, loader, total: int | None, title: str, labels_of: Tensor | None = None) -> Iterator[Predicted]:

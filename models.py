@@ -176,7 +176,7 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
             f"model.name: {config.name} can't be made for {size[1]}x{size[0]} images: {first_line(error)}"
         ) from error
 
-    _try_size(model, config.name, size)
+    _try_size(model, config.name, size, len(class_names))
     cfg = dict(model.pretrained_cfg)
     if config.weights:
         saved_cfg, origin = _load_weights(model, Path(config.weights), config.name)
@@ -194,17 +194,19 @@ def create(config: ModelConfig, class_names: list[str], size: tuple[int, int]) -
 
 
 @torch.no_grad()
-def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
-    """Raise UserError if the model can't take images of that size (tried in eval mode, which changes nothing)."""
+def _try_size(model: nn.Module, name: str, size: tuple[int, int], classes: int) -> None:
+    """Raise UserError if it can't take images of that size or gives no logits (in eval mode, which changes nothing)."""
     model.eval()
     try:
-        model(torch.zeros(2, 3, *size))
+        logits = model(torch.zeros(2, 3, *size))
     except Exception as error:  # whatever a layer raises if its input has become too small
         raise UserError(
             f"model.name: {name} can't take {size[1]}x{size[0]} images ({first_line(error)}); "
             "set a size to resize them to, for example --data.image_size 224",
             USAGE,
         ) from error
+    if getattr(logits, "shape", None) != (2, classes) or not hasattr(model, "get_classifier"):
+        raise UserError(f"model.name: {name} is no classifier: it has no output for each of {classes} classes", USAGE)
     model.train()
 
 

@@ -169,6 +169,7 @@ import faults
 import launch
 import loading
 import sharing
+import sources
 import streaming
 from files import write_whole
 from inference import Classifier, described
@@ -248,15 +249,16 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
             confidence.append(batch.probabilities[counted, 0])
             seen += len(batch.labels)
         mistakes.gather()
-        result = {"kind": "split", "name": name, "split": part} | _facts(args, model, accelerator, seen)
-        result |= metrics.compute()
-        rows = (torch.cat(each).numpy() for each in (labels, classes, confidence))
-        result |= analysis.analyse(*rows, model.class_names, superclasses)
         if accelerator.is_main_process:
+            result = {"kind": "split", "name": name, "split": part} | _facts(args, model, accelerator, seen)
+            result |= metrics.compute()
+            rows = (torch.cat(each).numpy() for each in (labels, classes, confidence))
+            result |= analysis.analyse(*rows, model.class_names, superclasses)
             with writing(folder):
                 result["mistakes"] = mistakes.write(folder, name, model.class_names)
                 write_whole(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
-    accelerator.print(f"{describe(result)}\nwritten: {folder}/{name}.json, {target}")
+    if accelerator.is_main_process:
+        print(f"{describe(result)}\nwritten: {folder}/{name}.json, {target}")
 
 
 def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[int, int] | None = None):
@@ -294,9 +296,21 @@ def _name(args: argparse.Namespace, part: str) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All files below a folder with an image's extension, sorted; UserError if there are none."""
+    """All files below a folder with an image's extension, sorted, but not hidden ones.
+
+    Raises:
+        UserError: there are none, or one is in a format that is not read here.
+    """
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in decoding.FORMATS}
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and os.path.isfile(path)]
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)  # as of macOS
+        if path.suffix.lower() in sources.UNKNOWN and not hidden:
+            raise UserError(
+                f"--images: {path}: {path.suffix} files are not read here; convert it, to PNG for one", USAGE
+            )
+        if path.suffix.lower() in readable and not hidden and os.path.isfile(path):
+            paths.append(path)
     if not paths:
         raise UserError(f"--images: {folder} holds no image files", USAGE)
     return paths
@@ -355,17 +369,17 @@ def _corrupted(args: argparse.Namespace, model: Classifier) -> tuple[distorted.C
         _, loader, _ = _opened(args, model, "test", model.size)
         batches = _decoded(loader, model.config.data.keep_mb)
     labels = torch.cat([batch["label"] for batch in batches])
-    counted = labels != IGNORED
-    pixels = torch.cat([batch["image"] for batch in batches])[counted].permute(0, 2, 3, 1).numpy()
-    rows = distorted.Corrupted(pixels, labels[counted].numpy(), args.seed or 0)
+    pixels = torch.cat([batch["image"] for batch in batches]).permute(0, 2, 3, 1)
+    rows = distorted.Corrupted(pixels.numpy(), labels.numpy(), args.seed or 0)
     return rows, model.labels_of(source.class_names, "data.source")
 
 
 def _decoded(loader, keep_mb: int) -> list[dict[str, torch.Tensor]]:
-    """All batches of a loader; UserError if they take more than `keep_mb`."""
+    """All batches of a loader, without what can't be decoded; UserError if they take more than `keep_mb`."""
     batches, size = [], 0
     for batch in loader:
-        batches.append(batch)
+        counted = batch["label"] != IGNORED
+        batches.append({name: part if counted.all() else part[counted] for name, part in batch.items()})
         size += batch["image"].numel()
         if size > keep_mb * 2**20:
             ways = "raise it, or give a --limit" if keep_mb else "give another"

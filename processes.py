@@ -36,12 +36,22 @@ def max_over_processes(accelerator: Accelerator, value):
     return value if accelerator.num_processes == 1 else max(gather_object([value]))
 
 
+def world_size() -> int:
+    """How many processes the run has, also before there is an Accelerator."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's number among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def on_main(work: Callable):
     """Run `work` on the main process; every process returns its result, or raises its `UserError`.
 
     Needs an Accelerator, unless there is only one process.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return work()
     value = error = None
     if is_main():
@@ -55,9 +65,28 @@ def on_main(work: Callable):
     return value
 
 
+def on_all(work: Callable) -> list:
+    """Run `work` on every process; each returns all results, in order of rank, or raises the first `UserError`.
+
+    Needs an Accelerator, unless there is only one process.
+    """
+    if world_size() == 1:
+        return [work()]
+    value = error = None
+    try:
+        value = work()
+    except UserError as raised:
+        error = str(raised), raised.exit_code
+    results = gather_object([(value, error)])
+    failed = next((error for _, error in results if error), None)
+    if failed:
+        raise UserError(*failed, shared=True)
+    return [value for value, _ in results]
+
+
 def is_main() -> bool:
     """Whether this is the process that reads streams, writes files and prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
 
 
 def no_bar() -> bool | None:

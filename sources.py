@@ -193,12 +193,18 @@ def _patterns(split: Path) -> list[str]:
         return [f"{glob.escape(str(split))}/**"]
     deeper = (path for each in classes for below in _subfolders(each) for path in below.rglob("*"))
     for path in itertools.chain(split.iterdir(), deeper):
-        if path.suffix.lower() in ImageFolder.EXTENSIONS and path.is_file():
+        if _is_image(path.name) and path.is_file():
             raise UserError(f"data.source: {path} is not directly in a class's folder, as {classes[0]}/*; move it")
-    for path in (path for each in classes for path in _inside(each)):
+    for path in (path for each in classes for path in _inside(each) if not path.name.startswith((".", "__"))):
         if path.suffix.lower() in UNKNOWN:
             raise UserError(f"data.source: {path}: {path.suffix} files are not read here; convert it, to PNG for one")
+        if _is_image(path.stem) and not _is_image(path.name):
+            raise UserError(f"data.source: {path} is no image, but `datasets` would take it for one; move it")
     return [f"{glob.escape(str(each))}/*" for each in classes]  # each is named, as links are followed only there
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in ImageFolder.EXTENSIONS
 
 
 def _parquet_files(config: DataConfig) -> tuple[dict[str, list[str]], list[str]]:

@@ -4,7 +4,6 @@ What the first training epoch reads stays in memory if it fits in `data.keep_mb`
 Later epochs and validation then read nothing more, and rows are shuffled fully, not just within a shuffle buffer.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,10 @@ from tqdm import tqdm
 from config import DataConfig
 from decoding import CorruptImage, bytes_of, decode
 from errors import USAGE, UserError, first_line
-from processes import is_main
+from processes import is_main, world_size
 
 MB = 2**20  # bytes
-CHUNK = 64  # rows read at once
+CHUNK, CHUNK_MB = 64, 16  # the most rows, and their images' size, that are read at once
 AHEAD = 8  # chunks read in advance
 CONNECTIONS = 16  # files fetched at once, if each image is its own file
 BUFFER_MB = 1024  # the most that images in the shuffle buffer may take, encoded
@@ -100,7 +99,11 @@ class Stream(Sampler):
             return row | {self.image: {"bytes": bytes_of(encoded), "path": encoded.get("path")}}
 
         def read() -> list[dict]:
-            chunk = list(islice(rows, CHUNK))
+            chunk, room = [], CHUNK_MB * MB
+            while len(chunk) < CHUNK and room > 0 and (row := next(rows, None)):
+                chunk.append(row)
+                encoded = (row[self.image] or {}).get("bytes")
+                room -= len(encoded) if encoded else MB  # a file's size is not known yet
             files = any(row[self.image] and row[self.image]["bytes"] is None for row in chunk)
             return list((fetcher.map if files else map)(with_bytes, chunk))
 
@@ -110,8 +113,8 @@ class Stream(Sampler):
                 chunks.append(reader.submit(read))
                 given += len(chunk)
                 yield from chunk
-            if given < _processes():
-                raise UserError(f"data.source: {self.source}: {given} rows are too few for {_processes()} process(es)")
+            if given < world_size():  # Accelerate pads evaluation's last batch with a row for each process
+                raise UserError(f"data.source: {self.source}: {given} rows are too few for {world_size()} process(es)")
         except (UserError, GeneratorExit):
             raise
         except Exception as error:  # whatever can go wrong with a file, a format or a connection
@@ -236,9 +239,9 @@ class TrainingStream:
             )
 
     def _check(self, rows: int, validation: bool) -> None:
-        if validation and rows < _processes():
+        if validation and rows < world_size():
             raise UserError(
-                f"{self.in_order.source}: {rows} validation rows (data.folds, data.fold) for {_processes()} process(es)"
+                f"{self.in_order.source}: {rows} validation rows (data.folds, data.fold) for {world_size()} process(es)"
             )
         if not validation and rows < self.batch_size:
             raise UserError(
@@ -274,11 +277,6 @@ class First(Sampler):
         self.rows, self.count = rows, count
 
     def __iter__(self) -> Iterator[dict]:
-        if self.count < _processes():
-            raise UserError(f"{self.count} rows are too few for {_processes()} processes", USAGE)
+        if self.count < world_size():
+            raise UserError(f"{self.count} rows are too few for {world_size()} processes", USAGE)
         return islice(iter(self.rows), self.count)
-
-
-def _processes() -> int:
-    """How many share each batch. Accelerate pads evaluation's last batch with that many rows: a pass needs them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

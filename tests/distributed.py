@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 
 import torch
@@ -22,7 +23,7 @@ from engine import train_epoch, unwrap, validate
 from errors import UserError
 from faults import fitting_micro_batch
 from phases import make_optimizer
-from processes import on_main, raised_on_all
+from processes import on_all, on_main, raised_on_all
 from recipe import check
 
 SGD = PhaseConfig(modules="all", epochs=1, lr=0.05, optimizer="sgd")
@@ -131,7 +132,16 @@ def an_error_of_one_process_is_raised_on_all(accelerator: Accelerator) -> None:
             if accelerator.process_index == failing:
                 fail()
 
-    for attempt in (lambda: at_once(0), lambda: at_once(1), lambda: on_main(fail)):
+    def of(failing):
+        return lambda: fail() if accelerator.process_index == failing else "well"
+
+    for attempt in (
+        lambda: at_once(0),
+        lambda: at_once(1),
+        lambda: on_main(fail),
+        lambda: on_all(of(0)),
+        lambda: on_all(of(1)),
+    ):
         try:
             attempt()
         except UserError as error:
@@ -139,6 +149,18 @@ def an_error_of_one_process_is_raised_on_all(accelerator: Accelerator) -> None:
         else:
             raise AssertionError("this process has heard of nothing")
     assert on_main(lambda: accelerator.process_index) == 0
+    assert on_all(lambda: accelerator.process_index) == [0, 1]
+
+
+def folders_that_differ_are_told(parquet: str, corrupted: str) -> None:
+    """As on machines with disks of their own."""
+    for folders in ((parquet, corrupted), (corrupted, parquet)):
+        try:
+            data.load(DataConfig(source=folders[int(os.environ["RANK"])], streaming=False, on_corrupt="skip"))
+        except UserError as error:
+            assert "is not the same on all machines (30 + 30 rows, 400 + 80 rows)" in str(error), error
+        else:
+            raise AssertionError("nothing was said")
 
 
 def main(parquet: str, corrupted: str) -> None:
@@ -201,6 +223,7 @@ def main(parquet: str, corrupted: str) -> None:
     a_resumed_epoch_goes_on_behind_its_first_steps(accelerator, parquet)
     too_few_rows_are_told(accelerator, parquet)
     an_error_of_one_process_is_raised_on_all(accelerator)
+    folders_that_differ_are_told(parquet, corrupted)
     a_micro_batch_that_fits_everywhere(accelerator)
     corrupt_images(accelerator, corrupted)
     accelerator.free_memory()

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,16 @@ def test_of_very_many_classes_there_is_no_matrix():
     found = analyse(labels, np.array([5, 1000, 7]), np.full(3, 0.5), [str(i) for i in range(1001)], None)
     assert found["confusion"] == [] and found["per_class"][1000]["top1"] == 0.5
     assert [(it["true"], it["predicted"]) for it in found["confused"]] == [("1000", "7")]
+
+
+def test_very_many_classes_take_no_room_for_their_pairs():
+    labels, count = np.array([5, 99_999, 99_999]), 100_000
+    tracemalloc.start()
+    found = analyse(labels, np.array([5, 7, 7]), np.full(3, 0.5), [str(i) for i in range(count)], None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found["confused"] == [{"true": "99999", "predicted": "7", "rows": 2, "share": 1.0}]
+    assert peak < 100 * 2**20, "a matrix of them would take 80 GB"
 
 
 def test_calibration_and_confusion_are_the_librarys(predictions):

@@ -115,6 +115,12 @@ def a_photo_of_a_phone(folder: Path):
     (folder / "cat" / "IMG_7.HEIC").write_bytes(b"x")
 
 
+def a_photo_with_a_sidecar(folder: Path):
+    folder_of_images()(folder)
+    (folder / "cat" / "._3.png.json").write_text("{}")  # hidden files are nobody's rows
+    (folder / "cat" / "3.png.json").write_text("{}")
+
+
 def overwritten(folder: Path):
     """Four kilobytes of the images' pages are gone; the file's end, which is read first, is whole."""
     parquet()(folder)
@@ -275,6 +281,8 @@ CASES = [
     source("splits in folders of their own", 1, splits_in_folders,
            "{dir}/data/test and {dir}/data/train have files of one split, '0'",
            "name one of these folders, or rename the files"),
+    source("a file that is named after an image", 1, a_photo_with_a_sidecar,
+           "{dir}/data/cat/3.png.json is no image", "move it", options="--data.test_split null"),
     source("an image of an unknown format", 1, a_photo_of_a_phone, "{dir}/data/cat/IMG_7.HEIC",
            ".HEIC files are not read here; convert it"),
     # ---- columns
@@ -282,6 +290,8 @@ CASES = [
            "{dir}/data has no image column: name it with data.image (columns: x)"),
     source("several image columns", 2, parquet(*[rows(DEPTH, columns={"depth": PNGS})] * 2),
            "2 image columns (image, depth): name it with data.image"),
+    option("--model.name mobilenetv5_300m_enc --data.image_size 64",
+           "model.name: mobilenetv5_300m_enc is no classifier: it has no output for each of 2 classes"),
     option("--data.image picture", "data.image: there is no column 'picture'; {good} has image, label"),
     option("--data.image label", "data.image: column 'label' of {good} holds classes, not images"),
     source("an image column of numbers", 2, parquet(*[rows(NUMBER, columns={"n": [1] * 30})] * 2),
@@ -335,7 +345,7 @@ CASES = [
            options="--data.image image --data.label label"),
     source("an image of 20000x20000", 1, parquet(rows(image_0=png_header(20_000, 20_000))),
            "the image in row 0 of split 'train' can't be decoded", "decompression bomb"),
-    source("images of 1x1", 2, parquet(rows(images=DOTS)), "model.name: simple_cnn can't take 1x1 images",
+    source("images of 1x1", 2, parquet(*[rows(images=DOTS)] * 2), "model.name: simple_cnn can't take 1x1 images",
            "--data.image_size", options="--model.name simple_cnn"),
     source("an image of 1x1 among others", 1, parquet(rows(image_0=DOTS[0]["bytes"])), "images differ in size (",
            "set a size to resize them all to, for example --data.image_size"),

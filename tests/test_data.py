@@ -307,6 +307,16 @@ def test_superclasses_that_cannot_be_read_are_told():
         data.superclasses(source)
 
 
+def test_test_images_of_another_size_are_told_before_training(tmp_path):
+    parquet_of(tmp_path, [encode(image) for image in noise(40, (16, 16))])
+    (tmp_path / "test.parquet").rename(tmp_path / "kept")
+    parquet_of(tmp_path, [encode(image) for image in noise(40, (16, 12))])
+    (tmp_path / "kept").rename(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"16x16 pixels in split 'train', 16x12 in 'test'.*--data.test_split null"):
+        load(tmp_path)
+    assert load(tmp_path, image_size=16).size == load(tmp_path, test_split=None).size == (16, 16)
+
+
 def test_an_empty_split_is_an_error(tmp_path):
     parquet_of(tmp_path, [])
     with pytest.raises(UserError, match=f"the split 'train' has no rows .{tmp_path}/train.parquet"):

@@ -306,6 +306,9 @@ def test_a_folder_of_images(run, parquet, tmp_path, capsys):
     for row, name in ((0, "a.png"), (1, "deep/b, c.PNG"), (2, "deep/er/d.png")):
         (folder / name).write_bytes(rows[row]["img"]["bytes"])
     (folder / "notes.txt").write_text("no image")
+    for hidden in ("._a.png", "__MACOSX/a.png", "._b.HEIC"):  # which training passes over, too
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_bytes(b"no image")
     capsys.readouterr()
     judge(run, "--images", folder)
     assert capsys.readouterr().out.endswith("images-my-photos.csv (3 images)\n")
@@ -323,6 +326,10 @@ def test_a_folder_of_images(run, parquet, tmp_path, capsys):
     judge(run, "--images", folder, "--data.on_corrupt", "skip", "--output", tmp_path / "out.csv")
     assert capsys.readouterr().out == f"written: {tmp_path}/out.csv (5 images, 1 can't be decoded)\n"
     assert [row["id"] for row in table(tmp_path / "out.csv")][-2:] == ["http::b.png", "large.jpg"]
+
+    (folder / "deep" / "IMG_1.HEIC").write_bytes(b"of a phone")
+    with pytest.raises(UserError, match=r"--images: .*/deep/IMG_1.HEIC: .HEIC files are not read here; convert it"):
+        judge(run, "--images", folder)
 
 
 @pytest.fixture

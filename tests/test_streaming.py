@@ -282,3 +282,19 @@ def test_the_first_rows_alone(tmp_path):
     source = data.load(config)
     alone = [row["image"] for row in streaming.First(source.test, 7)]
     assert alone == [row["image"] for row in source.test][:7]
+
+
+@pytest.mark.parametrize(("mb", "most"), [(0.001, 9 * 64), (4, 9 * 4), (40, 9)])
+def test_few_large_images_are_read_in_advance(mb, most):
+    image, read = {"bytes": bytes(int(mb * streaming.MB)), "path": None}, []
+
+    def rows():
+        for row in range(1000):
+            read.append(row)
+            yield {"image": image, "label": row}
+
+    stream = iter(streaming.Stream(rows(), "image", "here"))
+    assert [next(stream)["label"] for _ in range(3)] == [0, 1, 2]
+    stream.close()  # waits for what is being read
+    assert 3 <= len(read) <= most + 3
+    assert [row["label"] for row in streaming.Stream(rows(), "image", "here")] == list(range(1000))
