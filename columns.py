@@ -7,6 +7,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Valu
 from config import DataConfig
 from errors import USAGE, UserError, first_line
 
+DO_WITHOUT = "; --data.test_split null does without test figures"
 MANY = 100_000  # most classes that integer labels may imply, if nothing is trained
 
 
@@ -41,13 +42,14 @@ def find(features: Features, config: DataConfig) -> tuple[str, str]:
     return config.image or images[0], label
 
 
-def encoded(rows, image: str, label: str, split: str):
+def encoded(rows, image: str, label: str, split: str, remedy: str = ""):
     """Only these two columns, the image undecoded: encoded bytes or a file's path."""
     try:
         return rows.select_columns([image, label]).cast_column(image, Image(decode=False))
     except (ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise UserError(
-            f"split '{split}' has no images and classes in its columns {image}, {label}: {first_line(error)}", USAGE
+            f"split '{split}' has no images and classes in its columns {image}, {label}: {first_line(error)}{remedy}",
+            USAGE,
         ) from error
 
 
@@ -114,18 +116,18 @@ def check_labelled(test: IterableDataset, label: str, names: list[str], config: 
     if first[label] is None or not 0 <= first[label] < len(names):
         raise UserError(
             f"data.label: column '{label}' of {config.source} holds {first[label]} in the first row of split "
-            f"'{config.test_split}', which is none of the {len(names)} classes; --data.test_split null does without "
-            "test figures"
+            f"'{config.test_split}', which is none of the {len(names)} classes{DO_WITHOUT}"
         )
 
 
 def classes_with_rows(rows: Dataset, split: str, label: str, names: list[str], config: DataConfig) -> np.ndarray:
     """The labels that occur; UserError names the first row whose label is missing or not a class."""
-    column = rows.data.column(label)
+    column, remedy = rows.data.column(label), DO_WITHOUT if split == config.test_split else ""
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"data.label: column '{label}' of split '{split}' holds {column.type}, not classes{remedy}")
     values = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))
     if len(wrong):
-        remedy = "; --data.test_split null does without test figures" if split == config.test_split else ""
         raise UserError(
             f"data.label: column '{label}' of {config.source} holds {column[wrong[0]].as_py()} in row {wrong[0]} of "
             f"split '{split}', which is none of the {len(names)} classes (they count from 0){remedy}"

@@ -76,16 +76,16 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     train = columns.encoded(train, image, label, config.train_split)
     train, classes = columns.with_classes(train, label, config, only_test)
     if test is not None:
-        test = columns.encoded(test, image, label, config.test_split)
+        test = columns.encoded(test, image, label, config.test_split, columns.DO_WITHOUT)
         if isinstance(test, Dataset) and test.features != train.features:  # integer labels
             columns.classes_with_rows(test, config.test_split, label, classes, config)
             test = columns.as_classes(test, label, classes)
     if len(classes) < 2 and not only_test:
         raise UserError(f"data.label: column '{label}' of {config.source} has {len(classes)} class(es); two are needed")
     if isinstance(train, Dataset):
+        _check_same_everywhere(train, test, label, classes, config)
         if not only_test:
             columns.check_classes(train, test, label, classes, config)
-        _check_same_everywhere(train, test, label, classes, config)
         train, test = (rows and rows.add_column(ROW, np.arange(len(rows))) for rows in (train, test))
     if isinstance(test, IterableDataset):
         if not only_test:
@@ -120,8 +120,10 @@ def _check_same_everywhere(
     train: Dataset, test: Dataset | None, label: str, classes: list[str], config: DataConfig
 ) -> None:
     """UserError if processes have other rows, on machines whose folders differ: an epoch would mix all of them."""
-    labels = [rows.data.column(label).to_numpy() for rows in (train, test) if rows]
-    digest = hashlib.blake2b(b"".join(column.astype(np.int64).tobytes() for column in labels)).digest()
+    if world_size() == 1:
+        return
+    labels = [rows.data.column(label).fill_null(-1).to_numpy() for rows in (train, test) if rows is not None]
+    digest = hashlib.blake2b(b"".join(column.tobytes() for column in labels)).digest()
     found = on_all(lambda: (f"{' + '.join(str(len(column)) for column in labels)} rows", classes, digest))
     if any(one != found[0] for one in found):
         rows = ", ".join(sorted({rows for rows, *_ in found}))
@@ -174,9 +176,9 @@ def held_out(content: bytes, folds: int | None, fold: int) -> bool:
 
 def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> tuple[Dataset, Dataset]:
     """Split memory-mapped rows into (training, validation). Each process reads its share of the images."""
-    share = dataset.select_columns([image]).shard(world_size(), rank(), contiguous=True)
 
     def sides() -> list[bool]:
+        share = dataset.select_columns([image]).select(np.array_split(range(len(dataset)), world_size())[rank()])
         with tqdm(total=len(share), desc="holding out", unit=" images", leave=False, delay=2, disable=no_bar()) as bar:
             found = []
             for batch in share.iter(32):  # photos are large

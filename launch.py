@@ -24,7 +24,7 @@ import smallmaps
 from config import Config, Environment
 from errors import USAGE, Interrupted, UserError
 from folding import PRECISIONS
-from processes import cores_per_process
+from processes import cores_per_process, world_size
 
 LAUNCHED = ("processes", "mixed_precision", "device_type")  # what a launch decides, in the recorded environment
 SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # asked for by ACCELERATE_USE_* variables
@@ -50,7 +50,7 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
             non_blocking=True,
         ),
     )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world != accelerator.num_processes:
         raise UserError(
             f"{world} processes were launched, but each believes that it is alone. {_several(world)}", USAGE

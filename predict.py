@@ -175,7 +175,7 @@ from files import write_whole
 from inference import Classifier, described
 from metrics import IGNORED, Classification
 from predictions import Mistakes, describe, describe_robustness, predictions_csv, whole_csv, writing
-from processes import raised_on_all
+from processes import is_main, raised_on_all
 from runfolder import suffix
 
 
@@ -220,7 +220,7 @@ def predict(args: argparse.Namespace, config: Config) -> None:
 
 def upload(args: argparse.Namespace) -> None:
     """Push best/ and its model card to the hub, from one process; UserError if that fails."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         sharing.check(args.push_to_hub)
         print(f"uploaded: {sharing.push(args.run, args.push_to_hub)}")
 
@@ -249,9 +249,9 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
             confidence.append(batch.probabilities[counted, 0])
             seen += len(batch.labels)
         mistakes.gather()
+        figures = metrics.compute()
         if accelerator.is_main_process:
-            result = {"kind": "split", "name": name, "split": part} | _facts(args, model, accelerator, seen)
-            result |= metrics.compute()
+            result = {"kind": "split", "name": name, "split": part} | _facts(args, model, accelerator, seen) | figures
             rows = (torch.cat(each).numpy() for each in (labels, classes, confidence))
             result |= analysis.analyse(*rows, model.class_names, superclasses)
             with writing(folder):
@@ -304,13 +304,14 @@ def image_files(folder: Path) -> list[Path]:
     readable = {ending for ending, kind in Image.registered_extensions().items() if kind in decoding.FORMATS}
     paths = []
     for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)  # as of macOS
-        if path.suffix.lower() in sources.UNKNOWN and not hidden:
+        if sources.is_hidden(path, folder) or not os.path.isfile(path):
+            continue
+        if path.suffix.lower() in readable:
+            paths.append(path)
+        elif path.suffix.lower() in sources.UNKNOWN:
             raise UserError(
                 f"--images: {path}: {path.suffix} files are not read here; convert it, to PNG for one", USAGE
             )
-        if path.suffix.lower() in readable and not hidden and os.path.isfile(path):
-            paths.append(path)
     if not paths:
         raise UserError(f"--images: {folder} holds no image files", USAGE)
     return paths

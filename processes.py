@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 
 from errors import UserError
 
@@ -51,18 +51,7 @@ def on_main(work: Callable):
 
     Needs an Accelerator, unless there is only one process.
     """
-    if world_size() == 1:
-        return work()
-    value = error = None
-    if is_main():
-        try:
-            value = work()
-        except UserError as raised:
-            error = str(raised), raised.exit_code
-    value, error = broadcast_object_list([(value, error)])[0]
-    if error:
-        raise UserError(*error, shared=True)
-    return value
+    return on_all(lambda: work() if is_main() else None)[0]
 
 
 def on_all(work: Callable) -> list:

@@ -16,12 +16,12 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+import columns
 import embedded
 import hub
 from config import DataConfig
 from errors import USAGE, UserError, first_line
 
-DO_WITHOUT = "; --data.test_split null does without these rows"
 UNKNOWN = {".avif", ".heic", ".heif", ".jxl"} - set(ImageFolder.EXTENSIONS)  # photos that `datasets` would pass over
 
 
@@ -31,7 +31,7 @@ def open_splits(config: DataConfig) -> Mapping:
     Raises:
         UserError: the source can't be loaded.
     """
-    kind, streams = config.kind, config.streams
+    kind, streams, files = config.kind, config.streams, {}
     for option in ("subset", "revision"):
         if getattr(config, option) and kind != "hub":
             raise UserError(
@@ -40,12 +40,19 @@ def open_splits(config: DataConfig) -> Mapping:
     try:
         if kind == "embedded":
             return embedded_splits(config.embedded_rows, streams)
-        if kind in ("parquet", "folder"):
-            files, others = (_parquet_files if kind == "parquet" else _class_folders)(config)
+        if kind == "parquet":
+            files, others = _parquet_files(config)
+            # Each split by itself, as together the first one's columns would be all splits'.
+            splits = {
+                split: datasets.load_dataset("parquet", data_files={split: names}, streaming=streams)[split]
+                for split, names in files.items()
+            }
+            return dict.fromkeys(others) | splits
+        if kind == "folder":
+            files, others = _class_folders(config)
             if not files:
                 return dict.fromkeys(others)
-            reader, options = ("imagefolder", {"drop_labels": False}) if kind == "folder" else ("parquet", {})
-            splits = datasets.load_dataset(reader, data_files=files, streaming=streams, **options)
+            splits = datasets.load_dataset("imagefolder", data_files=files, drop_labels=False, streaming=streams)
             return dict.fromkeys(others) | splits
         builder = _hub_builder(config)
         if streams and not hub.data_offline():
@@ -195,12 +202,18 @@ def _patterns(split: Path) -> list[str]:
     for path in itertools.chain(split.iterdir(), deeper):
         if _is_image(path.name) and path.is_file():
             raise UserError(f"data.source: {path} is not directly in a class's folder, as {classes[0]}/*; move it")
-    for path in (path for each in classes for path in _inside(each) if not path.name.startswith((".", "__"))):
+    for path in (path for each in classes for path in _inside(each) if not is_hidden(path, each)):
         if path.suffix.lower() in UNKNOWN:
             raise UserError(f"data.source: {path}: {path.suffix} files are not read here; convert it, to PNG for one")
         if _is_image(path.stem) and not _is_image(path.name):
             raise UserError(f"data.source: {path} is no image, but `datasets` would take it for one; move it")
     return [f"{glob.escape(str(each))}/*" for each in classes]  # each is named, as links are followed only there
+
+
+def is_hidden(path: Path, below: Path) -> bool:
+    """Whether `datasets` passes over a file: .name and .folder/name, as macOS makes, and __folder/name."""
+    *folders, name = path.relative_to(below).parts
+    return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
 
 
 def _is_image(name: str) -> bool:
@@ -213,16 +226,15 @@ def _parquet_files(config: DataConfig) -> tuple[dict[str, list[str]], list[str]]
     A file's split is the part of its name before the first '-' or '.', as in train-00000-of-00001.parquet.
 
     Raises:
-        UserError: a file is not parquet or has unknown column types, files disagree about their columns or classes, a
-            split has no rows, or a folder's subfolders have files of one split: it may be several, such as
-            train/0.parquet and test/0.parquet. Only the files' footers are read.
+        UserError: a file is not parquet or has unknown column types, a split's files disagree about their columns or
+            two splits about their classes, a split has no rows, or a folder's subfolders have files of one split: it
+            may be several, such as train/0.parquet and test/0.parquet. Only the files' footers are read.
     """
     path = Path(config.source).expanduser()
     names = map(str, path.rglob("*.parquet")) if path.is_dir() else glob.glob(str(path), recursive=True)
     found = {}
     for name in sorted(filter(os.path.isfile, names)):
         found.setdefault(Path(name).name.split(".")[0].split("-")[0], []).append(name)
-    # `datasets` reads all files with the first one's columns and class names, so training's come first.
     files = {split: found[split] for split in (config.train_split, config.test_split) if split in found}
     for split, names in (files or found).items():
         folders = sorted({str(Path(name).parent) for name in names})
@@ -232,13 +244,14 @@ def _parquet_files(config: DataConfig) -> tuple[dict[str, list[str]], list[str]]
                 "name before the first '-' or '.'. If they belong together, move them into one folder; if not, name "
                 "one of these folders, or rename the files (train-0.parquet, test-0.parquet)"
             )
-    first = None
+    classes = {}
     for split, names in files.items():
-        rows = 0
+        rows, first = 0, None
         for name in names:
             features, more = _footer(name)
-            first, rows = first or (name, features), rows + more
-            _check_same_columns(name, features, *first, "" if split == config.train_split else DO_WITHOUT)
+            first, rows = first or features, rows + more
+            _check_columns(name, features, names[0], first)
+            _check_classes(name, features, classes, "" if split == config.train_split else columns.DO_WITHOUT)
         if not rows:
             raise UserError(f"data.source: the split '{split}' has no rows ({', '.join(names)})")
     return {split: [*map(glob.escape, names)] for split, names in files.items()}, list(found)
@@ -248,7 +261,7 @@ def _footer(name: str) -> tuple[Features, int]:
     """A parquet file's columns and its number of rows."""
     try:
         end = pa.parquet.read_metadata(name)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"data.source: {name} is not an intact parquet file: {first_line(error)}") from error
     try:
         return Features.from_arrow_schema(end.schema.to_arrow_schema()), end.num_rows
@@ -258,20 +271,24 @@ def _footer(name: str) -> tuple[Features, int]:
         ) from error
 
 
-def _check_same_columns(name: str, features: Features, first: str, wanted: Features, remedy: str) -> None:
-    """UserError if a file has columns or classes that the first one has not: its labels would mean something else."""
+def _check_columns(name: str, features: Features, first: str, wanted: Features) -> None:
+    """UserError if a file has columns or class names that its split's first file lacks, whose are used for all."""
     for column, feature in features.items():
         if column not in wanted:
-            raise UserError(f"data.source: {name} has a column '{column}', which {first} has not{remedy}")
-        if not isinstance(feature, ClassLabel):
-            continue
-        names = getattr(wanted[column], "names", None)
-        if feature.names != names:
-            odd = [one for one in feature.names if one not in (names or feature.names)][:5]
+            raise UserError(f"data.source: {name} has a column '{column}', which {first} has not")
+        if isinstance(feature, ClassLabel) and not isinstance(wanted[column], ClassLabel):
+            raise UserError(f"data.source: {name} names the classes of column '{column}', and {first} does not")
+
+
+def _check_classes(name: str, features: Features, classes: dict[str, list[str]], remedy: str) -> None:
+    """UserError if a file's classes are not those of the files before it: its labels would mean something else."""
+    for column, feature in features.items():
+        if isinstance(feature, ClassLabel) and feature.names != classes.setdefault(column, feature.names):
+            odd = [one for one in feature.names if one not in classes[column]][:5]
             how = f"it has {', '.join(odd)} besides" if odd else f"{len(feature.names)} in an order of its own"
             raise UserError(
                 f"data.source: the classes of column '{column}' in {name} are not those of the other files: "
-                f"{how if names else f'{first} names none'}{remedy}"
+                f"{how}{remedy}"
             )
 
 

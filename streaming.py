@@ -103,7 +103,7 @@ class Stream(Sampler):
             while len(chunk) < CHUNK and room > 0 and (row := next(rows, None)):
                 chunk.append(row)
                 encoded = (row[self.image] or {}).get("bytes")
-                room -= len(encoded) if encoded else MB  # a file's size is not known yet
+                room -= len(encoded) if encoded else MB / 4  # a file's size is not known yet
             files = any(row[self.image] and row[self.image]["bytes"] is None for row in chunk)
             return list((fetcher.map if files else map)(with_bytes, chunk))
 

@@ -166,6 +166,8 @@ def main() -> None:
 
     runs = 0
     while sum(counts.values()) < args.kills or set(counts) <= {"starting"}:  # where there is nothing to lose yet
+        if runs > 10 * args.kills:
+            sys.exit(f"of {runs} runs none was killed after its start, which shows nothing: {dict(counts)}")
         name = f"run{runs}"
         config, run = make_config(args.folder, name, args.data), args.folder / "runs" / name
         runs += 1

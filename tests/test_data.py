@@ -337,23 +337,27 @@ def test_only_files_of_the_splits_that_are_wanted_are_read(tmp_path):
     images = [encode(image) for image in noise(40)]
     parquet_of(tmp_path, images)
     features = Features(id=Value("string"), image=Image())
-    test = Dataset.from_dict({"id": [str(row) for row in range(40)], "image": images}, features=features)
+    test = Dataset.from_dict({"id": [f"row {row}" for row in range(40)], "image": images}, features=features)
     test.to_parquet(tmp_path / "test.parquet")
     (tmp_path / "embeddings.parquet").write_bytes(b"?")
     for streaming in (False, True):
         source = load(tmp_path, streaming=streaming, test_split=None, folds=None, batch_size=8)
         assert source.class_names == ["a", "b"]
         assert sum(1 for _ in source.train) == 40
-        with pytest.raises(UserError, match=r"test.parquet has a column 'id', which .*train.parquet has not; .*null"):
+        with pytest.raises(UserError, match=r"split 'test' has no images and classes in its .*--data.test_split null"):
             load(tmp_path, streaming=streaming)
     with pytest.raises(UserError, match="has no split 'training'; it has embeddings, test, train"):
         load(tmp_path, train_split="training", test_split=None)
-    test.remove_columns("id").to_parquet(tmp_path / "test.parquet")
-    with pytest.raises(UserError, match="holds None in row 0 of split 'test'"):
+    test.rename_column("id", "label").to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(UserError, match=r"column 'label' of split 'test' holds string, not classes; .*null"):
         load(tmp_path)
+    test.add_column("label", [0, 1] * 20).to_parquet(tmp_path / "test.parquet")
+    for streaming in (False, True):
+        source = load(tmp_path, streaming=streaming, batch_size=8)
+        assert sum(1 for _ in source.test) == 40 and source.class_names == ["a", "b"]
 
 
-def test_class_names_are_those_of_the_training_file_whatever_the_others_have(tmp_path):
+def test_class_names_are_those_of_training_and_the_same_in_all_its_files(tmp_path):
     images, features = [encode(image) for image in noise(40)], Features(image=Image(), label=Value("int64"))
     parquet_of(tmp_path, images)
     plain = Dataset.from_dict({"image": images, "label": [0, 1] * 20}, features=features)
@@ -361,8 +365,26 @@ def test_class_names_are_those_of_the_training_file_whatever_the_others_have(tmp
     source = load(tmp_path)
     assert source.class_names == source.test.features["label"].names == ["a", "b"]
     plain.to_parquet(tmp_path / "train-0.parquet")
-    with pytest.raises(UserError, match=r"'label' in .*train.parquet are not those .*: .*train-0.parquet names none"):
+    with pytest.raises(UserError, match=r"train.parquet names the classes of column 'label', and .*train-0.* does not"):
         load(tmp_path)
+    plain.add_column("id", range(40)).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"train.parquet has a column 'id', which .*train-0.parquet has not"):
+        load(tmp_path)
+
+
+def test_fewer_rows_than_processes_are_held_out_as_always(tmp_path, monkeypatch):
+    rows = load(parquet_of(tmp_path, [encode(image) for image in noise(40)]), folds=None).train.select(range(5))
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    shares = []
+    for rank in range(7):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(data, "on_all", lambda work: shares.append(work()) or [[True] * 5])
+        data.hold_out(rows, "image", lambda content: len(content) % 2 == 0)
+    assert [len(share) for share in shares] == [1] * 5 + [0] * 2
+    monkeypatch.setattr(data, "on_all", lambda _: shares)
+    training, validation = data.hold_out(rows, "image", None)
+    assert validation["image"] == [image for image in rows["image"] if len(image["bytes"]) % 2 == 0]
+    assert len(training) + len(validation) == 5
 
 
 def test_classes_of_the_test_split_are_those_of_training(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -129,9 +130,9 @@ def test_a_signal_counts_even_if_nobody_reads_what_is_said_of_it(monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_launchers_copy(monkeypatch):
-    seconds = iter([0, 1, 3])
-    monkeypatch.setattr("interrupt.time.monotonic", lambda: next(seconds))
-    with Interrupt(Accelerator(cpu=True), "go on"):
+    seconds, accelerator = iter([0, 1, 3]), Accelerator(cpu=True)
+    monkeypatch.setattr("interrupt.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    with Interrupt(accelerator, "go on"):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

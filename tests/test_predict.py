@@ -11,7 +11,7 @@ import run_folders
 import torch
 import yaml
 from conftest import forget_accelerate, phase
-from PIL import Image
+from PIL import Image, features
 from safetensors.torch import load_file
 from test_launch import TORCHRUN, TWO_PROCESSES
 
@@ -327,6 +327,10 @@ def test_a_folder_of_images(run, parquet, tmp_path, capsys):
     assert capsys.readouterr().out == f"written: {tmp_path}/out.csv (5 images, 1 can't be decoded)\n"
     assert [row["id"] for row in table(tmp_path / "out.csv")][-2:] == ["http::b.png", "large.jpg"]
 
+    if features.check("avif"):
+        Image.new("RGB", (32, 32)).save(folder / "__c.avif")
+        judge(run, "--images", folder, "--data.on_corrupt", "skip", "--output", tmp_path / "out.csv")
+        assert table(tmp_path / "out.csv")[0]["id"] == "__c.avif", "which datasets pass over, and predict.py can read"
     (folder / "deep" / "IMG_1.HEIC").write_bytes(b"of a phone")
     with pytest.raises(UserError, match=r"--images: .*/deep/IMG_1.HEIC: .HEIC files are not read here; convert it"):
         judge(run, "--images", folder)
