@@ -63,7 +63,7 @@ def robustness(run: Run) -> Predictions | None:
 
 def conditions(run: Run, found: Predictions) -> str:
     """How the conditions differ from all rows, one view and the best weights; "" if they don't."""
-    marks = [f"first {found.limit:,} rows"] if found.limit is not None else []
+    marks = [f"only {found.limit:,} rows"] if found.limit is not None else []
     marks += [f"with {found.tta}"] if found.tta else []
     return ", ".join(marks + ["earlier weights"] * run.is_outdated(found))
 
@@ -118,6 +118,12 @@ def legend(runs: list[Run]) -> list[str]:
         lines.append(
             "Epochs '3 of 50': the run has no summary.json that can be read: it goes on, was stopped or crashed; such "
             "a run has no test figures and no count of parameters."
+        )
+    judged = {tuple(run.setting("data", name) for name in ("source", "subset", "test_split", "label")) for run in runs}
+    if len(judged) > 1:
+        lines.append(
+            "The runs' data differ (source, subset, test split or label column): figures of different data can't be "
+            "compared, robustness included."
         )
     origins = {found.origin for found in map(robustness, runs) if found}
     if origins:

@@ -193,7 +193,7 @@ def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> 
 def superclasses(data: Data) -> dict[str, str] | None:
     """Each class's superclass, by name, if the data have a second, coarser label, as CIFAR-100 has; None otherwise.
 
-    A stream is read until every class has been seen.
+    Of a stream, as many rows are read as have every class in them, and 100 for each class.
 
     Raises:
         UserError: rows can't be read.
@@ -202,17 +202,21 @@ def superclasses(data: Data) -> dict[str, str] | None:
     coarser = {name: kind.num_classes for name, kind in features.items() if kind.num_classes < len(data.class_names)}
     if data.label not in features or not coarser:
         return None
-    column, found = max(coarser, key=coarser.get), {}
+    column, found, seen = max(coarser, key=coarser.get), {}, 0
     try:
         for rows in data.class_labels.iter(1000):
             for label, above in zip(rows[data.label], rows[column], strict=True):
                 if found.setdefault(label, above) != above:
                     return None  # not a superclass: it splits a class
-            if isinstance(data.class_labels, IterableDataset) and len(found) == len(data.class_names):
+            seen += len(rows[column])
+            every = len(found) == len(data.class_names) and seen >= 100 * len(found)
+            if every and isinstance(data.class_labels, IterableDataset):
                 break
     except Exception as error:  # whatever can go wrong with a file, a format or a connection
         raise UserError(f"data.train_split: column '{column}' can't be read: {first_line(error)}") from error
     named = {label: above for label, above in found.items() if None not in (label, above) and min(label, above) >= 0}
+    if len(set(named.values())) < 2:
+        return None
     return {data.class_names[label]: features[column].names[above] for label, above in named.items()}
 
 

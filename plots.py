@@ -23,7 +23,7 @@ from PIL import Image
 
 from comparison import conditions, percent
 from runfolder import ClassFigures, Predictions, Run
-from text import shown
+from text import distinct, shown
 
 # Small figures with text of normal size: still readable on a phone, which shows them at three quarters of their size.
 WIDTH, HEIGHT = 4.8, 3.3  # inches
@@ -209,6 +209,8 @@ def _finish(figure: Figure, axes, runs: list[Run], title: str, with_legend: bool
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     last = max((row["epoch"] for run in runs for row in run.history), default=1)
     axes.set_xlim(0.5, last + 0.5)
+    if axes.get_yscale() == "linear":
+        axes.ticklabel_format(axis="y", style="plain", useOffset=False)  # a multiplier would lie on a phase's name
     axes.grid(alpha=0.3, linewidth=0.6)
     if not any(run.history for run in runs):
         axes.text(0.5, 0.5, "no epoch finished yet", transform=axes.transAxes, ha="center", color="#555555")
@@ -238,8 +240,8 @@ def _shade(axes, runs: list[Run]) -> bool:
         ends = [start for _, start in layout[1:]] + [lasts[layout] + 1]
         for number, ((_, start), end) in enumerate(zip(layout, ends, strict=True)):
             if number % 2:
-                axes.axvspan(start - 0.5, end - 0.5, color="black", alpha=max(0.03, 0.09 / len(changing)), linewidth=0)
-    named = changing[0] if len(changing) == 1 else ()
+                axes.axvspan(start - 0.5, end - 0.5, color="black", alpha=max(0.03, 0.09 / len(layouts)), linewidth=0)
+    named = changing[0] if changing and len(layouts) == 1 else ()
     width = max(lasts.values(), default=1)  # of the axis, in epochs
     for name, start in named:
         x = 0.0 if start == named[0][1] else (start - 1) / width
@@ -293,9 +295,9 @@ def _confusion(run: Run, found: Predictions) -> Picture:
         # A square-root scale brings out the rare mistakes.
         image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
         if labelled:
-            size = 9 if count <= COUNTED else 7
-            axes.set_xticks(range(count), [shown(name, 16) for name in names], rotation=90, fontsize=size)
-            axes.set_yticks(range(count), [shown(name, 16) for name in names], fontsize=size)
+            size, labels = 9 if count <= COUNTED else 7, distinct(names, 16)
+            axes.set_xticks(range(count), labels, rotation=90, fontsize=size)
+            axes.set_yticks(range(count), labels, fontsize=size)
         if count <= COUNTED:
             for row in range(count):
                 for column in range(count):
@@ -325,7 +327,8 @@ def _bars(run: Run, found: Predictions, parts: list[ClassFigures], what: str) ->
     if count > MOST_BARS:
         parts = [part for part in parts if part.top1 is not None]
         parts = parts[: MOST_BARS // 2] + parts[MOST_BARS // 2 :][-MOST_BARS // 2 :]  # the best one comes on top
-    places, names = range(len(parts)), [f"{shown(part.name, LONGEST)} ({part.rows:,})" for part in parts]
+    places, names = range(len(parts)), distinct([part.name for part in parts], LONGEST)
+    names = [f"{name} ({part.rows:,})" for name, part in zip(names, parts, strict=True)]
     below = [100 * (part.superclass_top1 or 0) for part in parts]
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(height=1.2 + 0.2 * len(parts))

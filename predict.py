@@ -79,7 +79,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
         "and both moved by a sixteenth of the side to the upper left and to the lower right (six views)",
     )
     parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="a quick look: only the first N images (of each severity)"
+        "--limit",
+        type=_positive,
+        metavar="N",
+        help="a quick look: only the first N images (of each severity); of class folders, N from all over them",
     )
     parser.add_argument("--seed", type=_seed, metavar="INT", help="seed of --robustness's corruptions [0]")
     parser.add_argument(
@@ -143,8 +146,10 @@ def _hub_id(text: str) -> str:
 
 
 def _at_least(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"should be a whole number of at least {least}, not {text}")
+    if not text.isdecimal() or len(text) > 15 or int(text) < least:  # JSON readers know no larger ones
+        raise argparse.ArgumentTypeError(
+            f"should be a whole number of at least {least}, of at most 15 digits, not {text}"
+        )
     return int(text)
 
 
@@ -156,6 +161,7 @@ if __name__ == "__main__":
 
 import json
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -234,7 +240,7 @@ def split(args: argparse.Namespace, accelerator: Accelerator, model: Classifier,
     source, loader, ids = _opened(args, model, part)
     launch.dispatch(accelerator, streamed=ids is None)
     superclasses = data.superclasses(source) if accelerator.is_main_process else None
-    name = _name(args, part)
+    name = _name(args, part, model.config.data.named)
     target = args.output or folder / f"{name}.csv"
     metrics, mistakes, labels, classes, confidence, seen = Classification(), Mistakes(), [], [], [], 0
     with predictions_csv(accelerator, target, model.class_names) as write:
@@ -280,16 +286,38 @@ def _opened(args: argparse.Namespace, model: Classifier, part: str, size: tuple[
     source = dataclasses.replace(source, size=size or source.size)
     rows = getattr(source, part)
     if args.limit:
-        rows = streaming.First(rows, args.limit) if config.streams else rows.select(range(min(args.limit, len(rows))))
+        if config.streams:
+            rows = streaming.First(rows, args.limit)
+        else:
+            count, limit = len(rows), min(args.limit, len(rows))
+            sorted_by_class = config.kind == "folder"
+            rows = rows.select(np.arange(limit) * count // limit if sorted_by_class else range(limit))
         source = dataclasses.replace(source, **{part: rows})
     loader = loading.loader(source, part, config, model.batch_size)
     return source, loader, None if config.streams else list(rows[decoding.ROW])
 
 
-def _name(args: argparse.Namespace, part: str) -> str:
-    """The stem of a split's files: the data options that were given, the split, then `suffix`."""
+def _name(args: argparse.Namespace, part: str, source: str) -> str:
+    """The stem of a split's files: the data options that were given, the split, then `suffix`.
+
+    Raises:
+        UserError: there are files of that name, of other data than `source`.
+    """
     chosen = [_plain_name(vars(args)[f"data.{name}"]) for name in WHICH_DATA if f"data.{name}" in vars(args)]
-    return "-".join([*chosen, part]) + suffix(args.tta, args.limit, args.seed)
+    name = "-".join([*chosen, part]) + suffix(args.tta, args.limit, args.seed)
+    if chosen:  # of a path only the last part, so that other data may have the same name
+        _check_same_source(args.run / "predictions" / f"{name}.json", source)
+    return name
+
+
+def _check_same_source(path: Path, source: str) -> None:
+    """UserError if a file of predictions is of another source."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none that is worth keeping
+        return
+    if before != source:
+        raise UserError(f"{path} is of other data, {before}: move it away, and its CSV and mistakes, to judge {source}")
 
 
 # ---- images without labels ------------------------------------------------------------------------------------------
@@ -370,6 +398,8 @@ def _corrupted(args: argparse.Namespace, model: Classifier) -> tuple[distorted.C
         _, loader, _ = _opened(args, model, "test", model.size)
         batches = _decoded(loader, model.config.data.keep_mb)
     labels = torch.cat([batch["label"] for batch in batches])
+    if not len(labels):
+        raise UserError("none of the images can be decoded", shared=True)
     pixels = torch.cat([batch["image"] for batch in batches]).permute(0, 2, 3, 1)
     rows = distorted.Corrupted(pixels.numpy(), labels.numpy(), args.seed or 0)
     return rows, model.labels_of(source.class_names, "data.source")
@@ -404,7 +434,7 @@ def robustness(
     kind = "cifar100c" if args.cifar100c else "robustness"
     predicted = model(loader, len(images), kind, labels_of)
     found = distorted.table(torch.cat([batch.classes[:, 0] == batch.labels for batch in predicted]).numpy())
-    name = _name(args, kind)
+    name = _name(args, kind, model.config.data.named)
     result = {"kind": kind, "name": name} | _facts(args, model, accelerator, len(images) // distorted.CELLS)
     if args.cifar100c:
         result |= {"source": str(args.cifar100c), "note": "The published files of CIFAR-100-C."}

@@ -61,7 +61,7 @@ class ClassFigures(_Part):
 
 class Superclasses(_Part):
     top1: Fraction | None = None
-    per_superclass: list[ClassFigures] = Field([], max_length=1000)
+    per_superclass: list[ClassFigures] = []
 
 
 class Bin(_Part):
@@ -150,9 +150,10 @@ class Predictions(_Part):
 
     @property
     def rank(self) -> tuple:
-        """Sort key, most telling first: by kind, all rows before some, one view before several, own data first."""
+        """Sort key, most telling first: by kind, all rows before some, one view before several, own data, many rows."""
         kinds = ("split", "robustness", "cifar100c")
-        return kinds.index(self.kind), self.limit is not None, self.tta is not None, not self.own, self.name
+        looks = self.limit is not None, self.tta is not None, not self.own
+        return kinds.index(self.kind), *looks, -(self.limit or 0), self.name
 
 
 # ---- a run folder ---------------------------------------------------------------------------------------------------

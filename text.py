@@ -22,3 +22,14 @@ def shown(value, length: int = NAME_LENGTH) -> str:
     except ValueError:  # Python refuses to print an integer of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def distinct(names: list, length: int) -> list[str]:
+    """Names as `shown`; where that makes two the same, their middles are left out instead of their ends."""
+    cut = [shown(name, length) for name in names]
+    half = length // 2
+    whole = [shown(name, 10**6) for name in names]
+    return [
+        short if len(name) <= length or cut.count(short) == 1 else name[: length - half - 1] + "…" + name[-half:]
+        for name, short in zip(whole, cut, strict=True)
+    ]

@@ -85,13 +85,15 @@ def jumps(found: list[Figures]) -> str:
 
 def robustness(found: list[Figures]) -> str:
     """Marked if training images saw any of the 15 corruptions (the report's jitter has two of them), or if these were
-    of an earlier version."""
-    text, config = mean_of("mean15", ".1f", 100)(found), found[0]["run"].config
+    of an earlier version. Versions can't be compared, so that only seeds under the newest one are averaged."""
+    newest = max(it["version"] for it in found)
+    same, config = [it for it in found if it["version"] == newest], found[0]["run"].config
+    text = mean_of("mean15", ".1f", 100)(same)
     if text == "-":
         return text
     jittered = config["augment"]["policy"] == "report" and "unaugmented" not in config["recipe"]
-    earlier = any(it["version"] < corruptions.VERSION for it in found)
-    return text + " †" * jittered + " ‡" * earlier
+    of = f" ({len(same)} of {len(found)} seeds)" if len(same) < len(found) else ""
+    return text + of + " †" * jittered + " ‡" * (newest < corruptions.VERSION)
 
 
 def devices(found: list[Figures]) -> str:

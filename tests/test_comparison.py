@@ -69,8 +69,9 @@ def test_a_run_without_a_test_split(make, tmp_path):
         ([("robustness", {"version": 2})], "30.0% (own corruptions v2)"),
         ([("robustness", {"epochs": 1})], "30.0% (own corruptions, earlier weights)"),
         ([("robustness", {"epochs": 1}), ("cifar100c", {"epochs": 5})], "30.0% (CIFAR-100-C)"),
-        ([("robustness", {"limit": 200})], "30.0% (own corruptions, first 200 rows)"),
+        ([("robustness", {"limit": 200})], "30.0% (own corruptions, only 200 rows)"),
         ([("robustness", {"limit": 200}), ("cifar100c", {})], "30.0% (CIFAR-100-C)"),
+        ([("robustness", {"limit": 100}), ("robustness", {"limit": 5000})], "30.0% (own corruptions, only 5,000 rows)"),
         ([("cifar100c", {"tta": "flips"}), ("robustness", {"limit": 200})], "30.0% (CIFAR-100-C, with flips)"),
     ],
 )
@@ -105,6 +106,13 @@ def test_figures_that_can_not_be_compared_are_told(make):
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert "do not compare" in " ".join(comparison.legend([runs[one], runs[other]]))
         assert "do not compare" not in " ".join(comparison.legend([runs[one], runs[one]]))
+
+
+@pytest.mark.parametrize("other", [{"source": "x"}, {"subset": "b"}, {"test_split": "valid"}, {"label": "coarse"}])
+def test_runs_of_different_data_are_told(make, other):
+    one, same, another = make("one"), make("same"), make("another", data=other)
+    assert "The runs' data differ" in " ".join(comparison.legend([one, same, another]))
+    assert "data differ" not in " ".join(comparison.legend([one, same]))
 
 
 # ---- phase changes --------------------------------------------------------------------------------------------------

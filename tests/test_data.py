@@ -307,6 +307,21 @@ def test_superclasses_that_cannot_be_read_are_told():
         data.superclasses(source)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_that_splits_a_class_late_is_no_superclass(streaming):
+    """Nor is one of a single value."""
+    kinds = Features(fine=ClassLabel(names=["a", "b", "c"]), above=ClassLabel(names=["x", "y"]))
+
+    def found(above):
+        rows = Dataset.from_dict({"fine": [0, 1, 2] * 99, "above": above}, features=kinds)
+        rows = rows.to_iterable_dataset() if streaming else rows
+        return data.superclasses(data.Data(None, None, None, "image", "fine", rows, ["a", "b", "c"], (8, 8)))
+
+    assert found([0, 0, 1] * 99) == {"a": "x", "b": "x", "c": "y"}
+    assert found([0, 0, 1] * 98 + [1, 0, 1]) is None
+    assert found([0, 0, 0] * 99) is None
+
+
 def test_test_images_of_another_size_are_told_before_training(tmp_path):
     parquet_of(tmp_path, [encode(image) for image in noise(40, (16, 16))])
     (tmp_path / "test.parquet").rename(tmp_path / "kept")

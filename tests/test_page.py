@@ -116,7 +116,7 @@ def test_every_picture_shows_and_nothing_is_wrong(browser, path, width):
         "Learning rate",
     ]
     each = ["Confusion matrix", "Accuracy per superclass", "Reliability diagram"]
-    assert titles[5:] == [*each, *each, "Robustness", "Robustness first 200 rows", *each]
+    assert titles[5:] == [*each, *each, "Robustness", "Robustness only 200 rows", *each]
     assert len(browser.find_elements(By.CSS_SELECTOR, ".gallery img")) == 24 + 3 + 6
     items = "return [...document.querySelectorAll('.gallery li')].map(it => it.textContent)"
     first, second = browser.execute_script(items)[:2]
@@ -141,7 +141,7 @@ def test_the_tables_are_right(browser, path, runs, width):
     first = runs[0].predictions[0].confused[0]
     assert confused[1] == [first.true, first.predicted, str(first.rows), f"{first.share:.1%}"]
     assert table(browser, "Predictions")[1][2:6] == ["2,000", "1.900", f"{runs[0].predictions[0].top1:.1%}", "90.0%"]
-    assert table(browser, "Robustness")[2] == ["cifar100c", "CIFAR-100-C", "200 (first 200 rows)", "25.1%", "26.0%"]
+    assert table(browser, "Robustness")[2] == ["cifar100c", "CIFAR-100-C", "200 (only 200 rows)", "25.1%", "26.0%"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -65,6 +65,19 @@ def test_without_validation_there_are_no_curves_of_it(make):
     assert accuracy.title == "Validation accuracy" and "all from" not in accuracy.alt
 
 
+def test_phases_that_not_all_runs_have_are_not_named(make):
+    (axes,) = next(plots.curves([make("two"), make("one", {"train": 5})], with_legend=False)).figure.axes
+    assert not axes.texts and axes.patches[0].get_alpha() < 0.09
+
+
+def test_no_multiplier_lies_on_a_phases_name(make):
+    rows = history(TWO)
+    rows[1]["val_loss"] = 1e6
+    loss = list(plots.curves([make("run", TWO, rows)], with_legend=False))[1]
+    assert loss.title == "Validation loss" and loss.encode("png")
+    assert loss.figure.axes[0].yaxis.get_offset_text().get_text() == ""
+
+
 def test_a_phase_too_short_for_its_name_has_none(make):
     phases = {"head": 3, "finetune": 30, "last": 17}
     (axes,) = next(plots.curves([make("run", phases)], with_legend=False)).figure.axes
@@ -261,6 +274,14 @@ def test_of_too_many_superclasses_the_lowest_and_the_highest_are_shown(make):
     assert "of 151 superclasses, of which the 50 lowest and the 50 highest are shown: from 0 0.0% to 149" in bars.alt
 
 
+def test_classes_whose_names_begin_alike_can_be_told_apart(make):
+    names = ["Tomato___Tomato_mosaic_virus", "Tomato___Tomato_Yellow_Leaf_Curl_Virus", "Apple___Black_rot_of_the_tree"]
+    run = make(found=[split("test", names, superclasses=None)])
+    confusion, *_ = plots.of_predictions(run, run.predictions[0])
+    labels = [label.get_text() for label in confusion.figure.axes[0].get_yticklabels()]
+    assert labels == ["Tomato_…ic_virus", "Tomato_…rl_Virus", "Apple___Black_r…"]
+
+
 def test_reliability_leaves_empty_bins_out(make):
     run = make(found=[split("test", ["a"])])
     *_, picture = plots.of_predictions(run, run.predictions[0])
@@ -281,7 +302,7 @@ def test_the_heat_map_marks_what_is_not_in_the_mean(make):
     assert axes.images[0].get_array()[1].tolist() == pytest.approx([48, 46, 44, 42, 40])
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels[0] == "gaussian noise" and labels[-1] == "saturate *" and len(labels) == len(CORRUPTIONS)
-    assert "first 200 rows" in picture.title and "mean over 15 25.1%" in picture.alt and "saturate" in picture.alt
+    assert "only 200 rows" in picture.title and "mean over 15 25.1%" in picture.alt and "saturate" in picture.alt
 
 
 def test_predictions_with_nothing_to_draw(make):

@@ -247,6 +247,17 @@ def test_figures_of_chosen_data_replace_none_of_the_runs_own(run):
     assert figures(run, "test-validation")["rows"] < 80
 
 
+def test_figures_of_other_data_of_the_same_name_are_kept(run, parquet, tmp_path):
+    for name in ("one", "other"):
+        shutil.copytree(parquet, tmp_path / name / "photos")
+    for _ in range(2):  # again is no mistake
+        judge(run, "--data.source", tmp_path / "one" / "photos", "--limit", "5")
+    before = figures(run, "photos-test-limit5")
+    with pytest.raises(UserError, match=r"photos-test-limit5.json is of other data, .*/one/photos: move it away"):
+        judge(run, "--data.source", tmp_path / "other" / "photos", "--limit", "5")
+    assert figures(run, "photos-test-limit5") == before
+
+
 def test_other_data_have_no_part_in_what_is_chosen_of_the_runs_own(run):
     """Which subset of them, and which commit."""
     path = run / "config.yaml"
@@ -463,6 +474,8 @@ def test_two_classes_that_are_not_square(parquet, tmp_path, pictures):
     judge(run, "--tta", "shifts")
     assert figures(run, "test-shifts")["top5"] == 1
     judge(run, "--robustness", "--limit", "2")
+    judge(run, "--limit", "4")
+    assert [row["rows"] for row in figures(run, "test-limit4")["per_class"]] == [2, 2], "not the first class alone"
     judge(run, "--images", folder / "test")
     assert len(table(run / "predictions" / "images-test.csv")) == 10
     with pytest.raises(UserError, match="images of 32x32 pixels: this run's model takes 32x24, and images"):
@@ -505,6 +518,7 @@ def test_a_folder_without_trained_weights_is_told(tmp_path, command):
     [
         (["--limit", "5", "--ood", "."], "--limit: a submission"),
         (["--limit", "0"], "--limit: should be a whole number of at least 1"),
+        (["--robustness", "--seed", "1234567890123456"], "--seed: should be a whole number .* of at most 15 digits"),
         (["--seed", "-1"], "--seed: should be a whole number of at least 0"),
         (["--output", "x.csv", "--robustness"], "--output: it names the CSV of predictions"),
         (["--split", "train"], "invalid choice"),
@@ -578,7 +592,7 @@ def test_a_run_still_going_on_is_judged(run):
 
 def test_names_of_files_tell_what_was_asked_for(run):
     args, _ = predict.parse([str(run), "--robustness", "--tta", "flips", "--limit", "3", "--seed", "2"])
-    assert predict._name(args, "robustness") == "robustness-flips-limit3-seed2"
+    assert predict._name(args, "robustness", "x") == "robustness-flips-limit3-seed2"
 
 
 def test_nothing_is_left_of_what_went_wrong(run, monkeypatch):
