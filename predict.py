@@ -432,9 +432,9 @@ def robustness(
     """Write accuracy by corruption and severity, and the means, as robustness.json or cifar100c.json."""
     loader = loading.batches(images, model.config.data, model.batch_size)
     kind = "cifar100c" if args.cifar100c else "robustness"
+    name = _name(args, kind, model.config.data.named)
     predicted = model(loader, len(images), kind, labels_of)
     found = distorted.table(torch.cat([batch.classes[:, 0] == batch.labels for batch in predicted]).numpy())
-    name = _name(args, kind, model.config.data.named)
     result = {"kind": kind, "name": name} | _facts(args, model, accelerator, len(images) // distorted.CELLS)
     if args.cifar100c:
         result |= {"source": str(args.cifar100c), "note": "The published files of CIFAR-100-C."}
