@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -49,8 +50,9 @@ class Checkpoints:
         self, accelerator: Accelerator, config: CheckpointConfig, run: Path, facts: dict, resumed: "Saved | None" = None
     ):
         self.accelerator, self.config, self.run, self.facts = accelerator, config, run, facts
-        # Accelerate itself drops all but one of the weights in a storage, such as an LSTM's on a GPU.
-        accelerator.register_save_state_pre_hook(lambda models, states, folder: [*map(_part, states)])
+        # Accelerate drops all but one of the weights in a storage, such as an LSTM's on a GPU, and names them as the
+        # wrapper does that it was launched with, DDP or torch.compile's.
+        accelerator.register_save_state_pre_hook(self._name_and_part)
         self.saved_at = time.monotonic()
         self.saved = (resumed.state.epoch, resumed.state.step) if resumed else None
 
@@ -94,6 +96,11 @@ class Checkpoints:
             raise
         accelerator.wait_for_everyone()
         self.saved_at, self.saved = time.monotonic(), (state.epoch, state.step)
+
+    def _name_and_part(self, models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
+        (model,) = models
+        states[:] = [self.accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()]
+        _part(states[0])
 
     def _prune(self, newest: Path) -> None:
         folders = _folders(self.run)
@@ -232,11 +239,11 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     if accelerator.is_main_process and (path / "best").is_dir():
         _put_in_place(path / "best", run / "best", shutil.copyfile)
     states = path / f"random_states_{accelerator.process_index}.pkl"
-    loading = accelerator.register_load_state_pre_hook(_load_weights)
+    loading = accelerator.register_load_state_pre_hook(partial(_load_weights, accelerator))
     try:
         accelerator.load_state(str(path))
         accelerator.step = 0  # its count of pieces, whose size may have changed: a checkpoint lies between steps
-        restored = states.is_file() and _random_states_are(load_safely(states))
+        restored = states.is_file() and _random_states_are(load_safely(states), accelerator.device)
     except UnpicklingError as error:  # Accelerate loads with weights_only
         raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error
     finally:
@@ -251,21 +258,25 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     return epoch
 
 
-def _load_weights(models: list[nn.Module], folder: str) -> None:
+def _load_weights(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
     """In place of safetensors' `load_model`, which refuses weights that are parts of one storage."""
-    models.pop().load_state_dict(load_file(Path(folder, "model.safetensors")))
+    state = load_file(Path(folder, "model.safetensors"))
+    model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
+    model.load_state_dict({name.removeprefix("module.").removeprefix("_orig_mod."): state[name] for name in state})
 
 
-def _random_states_are(states: dict) -> bool:
-    """Whether every random state is now the saved one."""
+def _random_states_are(states: dict, device: torch.device) -> bool:
+    """Whether every random state that is drawn from is now the saved one. Of GPUs, a process uses its own."""
     numpy_now, numpy_then = np.random.get_state(), states["numpy_random_seed"]
     same = random.getstate() == states["random_state"] and torch.equal(
         torch.get_rng_state(), states["torch_manual_seed"]
     )
     same = same and all(np.array_equal(now, then) for now, then in zip(numpy_now, numpy_then, strict=True))
-    if torch.cuda.is_available():
-        now, then = torch.cuda.get_rng_state_all(), states.get("torch_cuda_manual_seed", [])
-        same = same and len(now) == len(then) and all(map(torch.equal, now, then))
+    if device.type == "cuda":
+        then = states.get("torch_cuda_manual_seed", [])[device.index or 0 :]
+        if then:  # Accelerate restores none if others are visible than were
+            torch.cuda.set_rng_state(then[0], device)
+        same = same and bool(then) and torch.equal(torch.cuda.get_rng_state(device), then[0])
     return same
 
 
@@ -288,10 +299,10 @@ def save_best(model: nn.Module, run: Path) -> None:
             model_args=arguments,
             safe_serialization=True,
         )
+        _put_in_place(unfinished, run / "best", os.replace)
     finally:
         parting.remove()
-    _put_in_place(unfinished, run / "best", os.replace)
-    unfinished.rmdir()
+        shutil.rmtree(unfinished, ignore_errors=True)  # if it failed, it is useless, and the disk may be full
 
 
 def _part(state: dict[str, Tensor]) -> None:
@@ -311,9 +322,13 @@ def _put_in_place(source: Path, best: Path, move) -> None:
     best.mkdir(exist_ok=True)
     for name in BEST:
         arrived = best / f".{name}.unfinished"
-        move(source / name, arrived)
-        to_disk(arrived)
-        os.replace(arrived, best / name)
+        try:
+            move(source / name, arrived)
+            to_disk(arrived)
+            os.replace(arrived, best / name)
+        except OSError:
+            arrived.unlink(missing_ok=True)
+            raise
     to_disk(best)
 
 

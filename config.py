@@ -78,6 +78,7 @@ class ModelConfig(_Section):
     pretrained: bool = Field(False, description="start from timm's pretrained weights of that name, from the hub")
     weights: str | None = Field(
         None,
+        min_length=1,
         description="start from these weights: a .safetensors file with timm's keys, or another run's best/ folder",
     )
 
@@ -105,11 +106,15 @@ class DataConfig(_Section):
         "then each process reads its own rows memory-mapped, which feeds fast GPUs better (default: true for a hub "
         "source, false for others)",
     )
-    image: str | None = Field(None, description="the image column (default: the only one of image type)")
-    label: str | None = Field(None, description="the label column (default: the class label with the most classes)")
-    train_split: str = Field("train", description="the split to train on; validation rows are held out of it")
+    image: str | None = Field(None, min_length=1, description="the image column (default: the only one of image type)")
+    label: str | None = Field(
+        None, min_length=1, description="the label column (default: the class label with the most classes)"
+    )
+    train_split: str = Field(
+        "train", min_length=1, description="the split to train on; validation rows are held out of it"
+    )
     test_split: str | None = Field(
-        "test", description="the split to read once, after training; null: finish without test figures"
+        "test", min_length=1, description="the split to read once, after training; null: finish without test figures"
     )
     folds: int | None = Field(
         5,

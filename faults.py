@@ -66,7 +66,8 @@ def explained(
                 f"the disk is full: {first_line(error)}. What was written before is intact: make room, "
                 f"and {resume_hint}"
             ) from error
-        if accelerator.num_processes > 1 and any(sign in text for sign in LOST):
+        unread = isinstance(error, BrokenPipeError)  # of this process's own output: `| tee` has died
+        if accelerator.num_processes > 1 and not unread and any(sign in text for sign in LOST):
             ways = resume_hint if run is None or run.exists() else "what it said itself is the reason"
             raise UserError(f"another process of this run has died ({first_line(error)}); {ways}") from error
         raise
@@ -100,11 +101,12 @@ def fitting_micro_batch(
     Raises:
         UserError: not even one image fits.
     """
-    tried, least = share, 1 if config.augment.mix == "none" else 2  # mixing needs two images
+    tried = last = share
+    least = 1 if config.augment.mix == "none" else 2  # mixing needs two images
 
     def smaller() -> int:
-        nonlocal tried
-        tried = max((part for part in range(least, tried // 2 + 1) if share % part == 0), default=0)
+        nonlocal tried, last
+        last, tried = tried, max((part for part in range(least, tried // 2 + 1) if share % part == 0), default=0)
         return tried
 
     @find_executable_batch_size(starting_batch_size=share, reduce_batch_size_fn=smaller)
@@ -136,9 +138,10 @@ def fitting_micro_batch(
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise
-        images = "one image fits" if least == 1 else "two images fit"
+        images = {1: "one image fits", 2: "two images fit"}.get(last, f"{last} images fit")
+        others = f", and the {share} images of each process have no smaller part" if last > least else ""
         raise UserError(
-            f"out of memory: not even {images} through {config.model.name} on {accelerator.device.type}"
+            f"out of memory: not even {images} through {config.model.name} on {accelerator.device.type}{others}"
         ) from error
 
 

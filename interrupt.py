@@ -18,6 +18,7 @@ from processes import AGREE_EVERY, max_over_processes
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 CHILD = getattr(signal, "SIGCHLD", None)
+PATIENCE = 2  # seconds until processes ask one another again, if that is less than AGREE_EVERY steps
 DOUBLED = 2  # seconds within which a second Ctrl-C is taken for the launcher's copy of the first
 
 
@@ -31,6 +32,7 @@ class Interrupt:
     def __init__(self, accelerator: Accelerator, resume_hint: str):
         self.accelerator, self.resume_hint = accelerator, resume_hint
         self.number, self.noted, self.checks = 0, 0.0, 0
+        self.next, self.asked = 1, (0, time.monotonic())  # check to ask the others at; when that was last done
         # Nobody sets these by hand, unlike ACCELERATE_MIXED_PRECISION.
         launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         self.launcher = os.getppid() if launched else None
@@ -61,9 +63,12 @@ class Interrupt:
         if self.launcher and os.getppid() != self.launcher:
             self.number = self.number or signal.SIGTERM
         self.checks += 1
-        if self.accelerator.num_processes > 1 and self.checks % AGREE_EVERY:
+        if self.accelerator.num_processes > 1 and self.checks < self.next:
             return
-        number = max_over_processes(self.accelerator, self.number)
+        (before, then), now = self.asked, time.monotonic()
+        number, seconds = max_over_processes(self.accelerator, (self.number, (now - then) / (self.checks - before)))
+        self.asked = self.checks, now
+        self.next = self.checks + max(1, min(AGREE_EVERY, int(PATIENCE / max(seconds, 1e-9))))
         if number:
             if CHILD:  # torch would raise the death of a loader's worker, which had the signal, too, in mid-save
                 self.before[CHILD] = signal.signal(CHILD, signal.SIG_DFL)

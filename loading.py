@@ -8,6 +8,7 @@ import signal
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -140,7 +141,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
         # often as an uninterrupted one.
         persistent_workers=False,
         worker_init_fn=_outlive_signals,
-        pin_memory=torch.cuda.is_available() and not on_gpu,
+        pin_memory=_uses_gpu() and not on_gpu,
         collate_fn=_as_it_is if kept else _collate(source, split, config),
     )
 
@@ -155,9 +156,14 @@ def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataL
         batch_size=batch_size,
         num_workers=default_workers(most=16) if config.workers is None else config.workers,
         worker_init_fn=_outlive_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=_uses_gpu(),
         collate_fn=collate or _as_it_is,
     )
+
+
+def _uses_gpu() -> bool:
+    """Whether this run computes on a GPU: Accelerate's variable keeps it off one that is there."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _collate(source: Data, split: str, config: DataConfig) -> Collate:

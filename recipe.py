@@ -105,11 +105,13 @@ def check(tree: dict, origin: str) -> Config:
 def overridden(tree: dict, overrides: dict[str, str], path: Path) -> Config:
     """The tree of a file with single values replaced (`{"phases.finetune.lr": "3e-5"}`), checked.
 
-    A subset and a revision are those of the file's own data.source: they go with it.
+    A subset and a revision are those of the file's own data.source: they go with it. So does, in a run's config.yaml,
+    what was settled for it: whether it is streamed.
     """
     data = tree.get("data")
     if isinstance(data, dict) and overrides.get("data.source", data.get("source")) != data.get("source"):
-        tree = tree | {"data": {name: data[name] for name in data if name not in ("subset", "revision")}}
+        its_own = ("subset", "revision", "streaming") if tree.get("environment") else ("subset", "revision")
+        tree = tree | {"data": {name: data[name] for name in data if name not in its_own}}
     for dotted, text in overrides.items():
         _set(tree, dotted, text)
     return check(tree, f"{path} and command line" if overrides else str(path))
@@ -119,9 +121,11 @@ def _set(tree: dict, dotted: str, text: str):
     """Put one override into the tree; its text is read as YAML, so `null`, `true` and `[a, b]` work."""
     *parents, name = dotted.split(".")
     for parent in parents:
-        if not isinstance(tree.get(parent), dict):
+        if tree.get(parent) is None:
             tree[parent] = {}
         tree = tree[parent]
+        if not isinstance(tree, dict):
+            return  # which is an error of its own
     field = _fields_at(dotted.split(".")[:-1])[name]
     try:
         # Text stays text: a run may be called 2026-11-23, or no.

@@ -1,13 +1,16 @@
+import errno
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import Checkpoints
@@ -315,6 +318,51 @@ def test_checkpoints_are_due_by_steps_and_by_minutes(prepared, tmp_path, monkeyp
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: next(clock))
     by_minutes = Checkpoints(accelerator, CheckpointConfig(every_minutes=2), tmp_path, {})
     assert [by_minutes.due(RunState(step=number)) for number in (1, 2, 3)] == [False, False, True]
+
+
+def test_weights_are_named_as_the_model_names_them_whatever_wraps_it(tmp_path):
+    """As torch.compile does, which a resumed run may be launched without."""
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(3, 2))
+    accelerator._models[:] = [torch.compile(model, backend="eager")]
+    assert list(accelerator._models[0].state_dict()) == ["_orig_mod.weight", "_orig_mod.bias"]
+    save(accelerator, tmp_path, epoch=1, step=9)
+    path = checkpoint.newest(tmp_path).path / "model.safetensors"
+    saved = load_file(path)
+    assert sorted(saved) == ["bias", "weight"]
+    for prefix in ("", "module.", "_orig_mod."):  # as older code wrote them
+        save_file({f"{prefix}{name}": value for name, value in saved.items()}, path)
+        for wrapped in (model, torch.compile(model, backend="eager")):
+            torch.nn.init.zeros_(model.weight)
+            checkpoint._load_weights(accelerator, [wrapped], path.parent)
+            assert torch.equal(model.weight, saved["weight"])
+
+
+def test_random_states_of_gpus_that_are_not_used_do_not_count():
+    states = {
+        "random_state": random.getstate(), "numpy_random_seed": np.random.get_state(),
+        "torch_manual_seed": torch.get_rng_state(), "torch_cuda_manual_seed": [torch.zeros(16)] * 3,
+    }  # fmt: skip
+    assert checkpoint._random_states_are(states, torch.device("cpu"))
+
+
+def test_what_could_not_be_kept_takes_no_room(tmp_path, monkeypatch):
+    model = timm.create_model("test_resnet", num_classes=2)
+    model.pretrained_cfg = model.pretrained_cfg | {"label_names": ["a", "b"]}
+    checkpoint.save_best(model, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(*given, **_):
+        if len(given) == 2:  # the model, and the folder to write it into
+            Path(given[1]).mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for place in ("save_for_hf", "to_disk"):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, place, full)
+            with pytest.raises(OSError, match="No space left"):
+                checkpoint.save_best(model, tmp_path)
+        assert sorted(tmp_path.rglob("*")) == before, place
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(prepared, tmp_path, monkeypatch):

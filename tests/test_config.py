@@ -85,8 +85,10 @@ def test_config_yaml_is_itself_a_valid_config(tmp_path):
         (["--config", "recipes/resnet5.yaml"], "did you mean resnet50?"),
         (["--resume", "nowhere"], "nowhere is not a run folder"),
         (["--seed"], "--seed: expected one argument"),
+        *((["--model.weights" if it == "weights" else f"--data.{it}", ""], f".{it}: should have at least 1 character")
+          for it in ("weights", "image", "label", "train_split", "test_split")),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_told_with_the_way_on(argv, message):
     with pytest.raises(UserError) as caught:
         parse(argv)
@@ -301,11 +303,34 @@ def test_resnet50_224_is_the_best_recipe_but_for_its_size():
     assert larger == best
 
 
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [("data", "workers", "0"), ("model", "pretrained", "no"), ("augment", "mix", "none")],
+)
+def test_a_section_that_is_none_is_told_whatever_is_overridden_in_it(tmp_path, section, option, value):
+    """Else another model or other data than the file names would be trained."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree() | {section: "resnet18"}))
+    for more in ([], [f"--{section}.{option}", value]):
+        with pytest.raises(UserError, match=rf"{section}: should be .*(dictionary|valid)"):
+            parse(["--config", str(path), *more])
+    path.write_text(yaml.safe_dump(tree() | {section: None}))
+    assert parse(["--config", str(path), f"--{section}.{option}", value])[0].data.source == "uoft-cs/cifar100"
+
+
 def test_a_recorded_commit_goes_with_its_source(tmp_path):
     """As when a run's config.yaml is run again on other data."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree() | {"data": {"source": "some/data", "revision": "v1"}}))
     assert parse(["--config", str(path)])[0].data.revision == "v1"
     assert parse(["--config", str(path), "--data.source", "embedded"])[0].data.revision is None
+    recorded = {"data": {"source": "some/data", "streaming": True}}
+    path.write_text(yaml.safe_dump(tree() | recorded))
+    assert parse(["--config", str(path), "--data.source", "embedded"])[0].data.streaming is True, "the recipe's own"
+    environment = {"mixed_precision": "no", "processes": 1, "device_type": "cpu", "device": "x", "versions": {}}
+    path.write_text(yaml.safe_dump(tree() | recorded | {"environment": environment}))
+    assert parse(["--config", str(path), "--data.source", "embedded"])[0].data.streaming is None, "settled for a run"
+    assert parse(["--config", str(path)])[0].data.streaming is True
+    path.write_text(yaml.safe_dump(tree() | {"data": {"source": "some/data", "revision": "v1"}}))
     again = ["--config", str(path), "--data.source", "other/data", "--data.revision", "v2"]
     assert parse(again)[0].data.revision == "v2"

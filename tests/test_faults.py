@@ -246,8 +246,8 @@ class Small(torch.nn.Module):
         return self.head(images.mean((2, 3)))
 
 
-def fitting(make_config, model, share):
-    config = make_config({"only": phase()})
+def fitting(make_config, model, share, **sections):
+    config = make_config({"only": phase()}, **sections)
     accelerator = train.launch.make_accelerator(config)
     to_float = torch.nn.Module()
     to_float.forward = lambda images: images / 255
@@ -282,6 +282,20 @@ def test_trying_leaves_the_model_and_the_random_state_as_they_were(make_config):
 def test_not_even_one_image_fits(make_config):
     with pytest.raises(UserError, match="not even one image fits"):
         fitting(make_config, Small(0), 64)
+
+
+def test_a_share_that_has_no_smaller_part_is_told(make_config):
+    """7 images, of which two at least have to be mixed."""
+    with pytest.raises(UserError, match=r"not even 7 images fit .*, and the 7 images of each process have no smaller"):
+        fitting(make_config, Small(4), 7, augment={"mix": "mixup"})
+
+
+def test_an_output_that_nobody_reads_is_no_dead_process():
+    several = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(BrokenPipeError), faults.explained("go on", several, 64):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    with pytest.raises(UserError, match="another process of this run has died"), faults.explained("go on", several, 64):
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc] writev: Broken pipe")
 
 
 def test_another_error_is_not_taken_for_memory(make_config):

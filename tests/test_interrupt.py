@@ -1,6 +1,7 @@
 """Signals as they come in real life: to the process, to its group, to the launcher alone, to one of several."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -130,13 +131,27 @@ def test_a_signal_counts_even_if_nobody_reads_what_is_said_of_it(monkeypatch):
 
 
 def test_a_second_ctrl_c_ends_at_once_unless_it_is_the_launchers_copy(monkeypatch):
-    seconds, accelerator = iter([0, 1, 3]), Accelerator(cpu=True)
+    seconds, accelerator = iter([0, 0, 1, 3]), Accelerator(cpu=True)
     monkeypatch.setattr("interrupt.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     with Interrupt(accelerator, "go on"):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(0.001, 20), (0.5, 4), (5, 1)])
+def test_slow_steps_are_asked_about_more_often(monkeypatch, seconds, asked):
+    """A batch system waits half a minute, or so, before it kills."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr("interrupt.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("interrupt.max_over_processes", lambda _, value: calls.append(clock[0]) or max(value, (0, 0)))
+    interrupt = Interrupt(SimpleNamespace(num_processes=2), "go on")
+    for _ in range(100):
+        clock[0] += seconds
+        interrupt.check()
+    between = [later - sooner for sooner, later in itertools.pairwise(calls)]
+    assert between and all(gap == pytest.approx(asked * seconds) for gap in between)
 
 
 def test_a_closed_terminal_counts_unless_the_run_was_started_to_outlive_it():
