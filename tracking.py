@@ -226,10 +226,8 @@ def _start_wandb(accelerator: Accelerator, config: Config, run: Path, tracker_id
     def start():
         project = os.environ.get("WANDB_PROJECT") or PROJECT
         accelerator.init_trackers(project, config=values, init_kwargs={"wandb": options})
-        if accelerator.is_main_process:
-            nowhere = wandb.run.offline or wandb.run.disabled
-            if not nowhere and wandb.run.url:  # which warns if asked offline
-                print(f"W&B: {wandb.run.url}")
+        if accelerator.is_main_process and not wandb.run.offline and wandb.run.url:  # which warns if asked offline
+            print(f"W&B: {wandb.run.url}")
 
     def go_offline(why):
         settings.mode = "offline"

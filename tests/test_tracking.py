@@ -232,13 +232,6 @@ def test_wandb_that_can_be_reached_says_where_the_run_is(start, no_account, monk
         server.stop()
 
 
-def test_wandb_that_is_disabled_names_no_page(start, no_account, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with start(tracking="wandb") as track:
-        track.finish({})
-    assert "W&B: http" not in capsys.readouterr().out
-
-
 def test_wandb_that_can_not_be_reached_goes_offline_too(start, tmp_path, no_account, monkeypatch, capsys):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
