@@ -262,7 +262,9 @@ def _load_weights(accelerator: Accelerator, models: list[nn.Module], folder: str
     """In place of safetensors' `load_model`, which refuses weights that are parts of one storage."""
     state = load_file(Path(folder, "model.safetensors"))
     model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-    model.load_state_dict({name.removeprefix("module.").removeprefix("_orig_mod."): state[name] for name in state})
+    own = model.state_dict().keys()
+    bare = {name: name.removeprefix("module.").removeprefix("_orig_mod.") for name in state}  # of older checkpoints
+    model.load_state_dict({name if name in own else bare[name]: state[name] for name in state})
 
 
 def _random_states_are(states: dict, device: torch.device) -> bool:

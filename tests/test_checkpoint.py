@@ -336,6 +336,12 @@ def test_weights_are_named_as_the_model_names_them_whatever_wraps_it(tmp_path):
             torch.nn.init.zeros_(model.weight)
             checkpoint._load_weights(accelerator, [wrapped], path.parent)
             assert torch.equal(model.weight, saved["weight"])
+    outer = torch.nn.Module()
+    outer.module = model  # whose weights are called so themselves
+    save_file({f"module.{name}": value for name, value in saved.items()}, path)
+    torch.nn.init.zeros_(model.weight)
+    checkpoint._load_weights(accelerator, [outer], path.parent)
+    assert torch.equal(model.weight, saved["weight"])
 
 
 def test_random_states_of_gpus_that_are_not_used_do_not_count():
