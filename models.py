@@ -205,7 +205,7 @@ def _try_size(model: nn.Module, name: str, size: tuple[int, int], classes: int) 
             "set a size to resize them to, for example --data.image_size 224",
             USAGE,
         ) from error
-    if getattr(logits, "shape", None) != (2, classes) or not hasattr(model, "get_classifier"):
+    if getattr(logits, "shape", None) != (2, classes):
         raise UserError(f"model.name: {name} is no classifier: it has no output for each of {classes} classes", USAGE)
     model.train()
 
@@ -296,7 +296,12 @@ def synchronised(model: nn.Module) -> nn.Module:
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Names of timm's classifier: one, or two for distilled models and others with a second head, as VOLO."""
+    """Names of timm's classifier: one, or two for distilled models and others with a second head, as VOLO.
+
+    A network of your own need not have `get_classifier`; then 'head' is a name like any other.
+    """
+    if not hasattr(model, "get_classifier"):
+        return ["head"]
     classifiers, modules = model.get_classifier(), dict(model.named_modules())
     classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
     names = [name for name, module in modules.items() if any(module is one for one in classifiers)]

@@ -291,6 +291,23 @@ def test_a_module_that_another_lacks_is_an_error_listing_those_inside_it():
         models.freeze_all_but(model, ("blocks.9",))
 
 
+@pytest.mark.parametrize("name", ["head", "last"])
+def test_a_network_of_ones_own_need_not_know_timms_classifier(monkeypatch, name):
+    def own(num_classes=10, **_):
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4))
+        model.add_module(name, torch.nn.Linear(4, num_classes))
+        model.pretrained_cfg = {}
+        return model
+
+    monkeypatch.setattr(models.timm, "create_model", lambda *_, **arguments: own(**arguments))
+    model, _ = models.create(ModelConfig(name="test_resnet"), list("abc"), (8, 8))
+    assert len(models.freeze_all_but(model, ("all",))) == 4
+    assert models.freeze_all_but(model, (name,)) == [f"{name}.weight", f"{name}.bias"]
+    if name == "last":
+        with pytest.raises(UserError, match="this model has no 'head' to train; it has 1, last"):
+            models.freeze_all_but(model, ("head",))
+
+
 def test_reloaded_weights_are_the_saved_ones(tmp_path):
     model, _ = create()
     checkpoint.save_best(model, tmp_path)
