@@ -16,6 +16,14 @@ from errors import USAGE, UserError
 from metrics import IGNORED
 
 
+def layout(device: torch.device) -> torch.memory_format:
+    """The memory layout of images for a device's convolutions: channels_last, the faster one, but for Apple's GPUs.
+
+    There, before torch 2.14, batch norms computed wrong gradients from it (pytorch issue 175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 class Normalize(nn.Module):
     """uint8 images (B, 3, H, W) to normalised float32, resized to `image_size` pixels a side if that is given.
 
@@ -32,7 +40,7 @@ class Normalize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         images = (self.prepare(images.float() / 255) - self.mean) / self.std
-        return images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
+        return images.contiguous(memory_format=layout(images.device))
 
     def prepare(self, images: Tensor) -> Tensor:
         """Resize, augment and distort images in [0, 1]; enlarging comes last, so they are augmented while small."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_weights
 
 import smallmaps
+from augment import layout
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
@@ -90,7 +91,7 @@ def fold(model: nn.Module, size: tuple[int, int], mixed_precision: str) -> int:
         return 0
     for conv in pairs:
         folded, dtype = conv.forward, PRECISIONS[mixed_precision]
-        folded.weight = smallmaps.mark_constant(folded.weight.to(dtype, memory_format=torch.channels_last))
+        folded.weight = smallmaps.mark_constant(folded.weight.to(dtype, memory_format=layout(device)))
         folded.bias = folded.bias.to(dtype)
     return len(pairs)
 

@@ -47,7 +47,6 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True,
             data_seed=config.seed,
-            non_blocking=True,
         ),
     )
     world = world_size()
@@ -59,6 +58,8 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     if kind == "cpu" and accelerator.mixed_precision == "fp16":
         raise UserError("fp16 does nothing on a CPU; use --mixed_precision bf16, or no", USAGE)
     on_gpu = kind == "cuda"
+    # Only from pinned memory, which only CUDA's loaders use: Apple's GPUs may read what has been freed by then.
+    accelerator.dataloader_config.non_blocking = on_gpu
     able = {"sync_batch_norm": on_gpu, "tf32": on_gpu and has_tf32()}
     for option, can_be_had in able.items():
         if getattr(config, option) and not can_be_had:
@@ -207,9 +208,9 @@ def hint_at_launch(accelerator: Accelerator, recorded: Environment | None) -> No
 
 
 def suited(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model in the form the device trains fastest, on channels_last images.
+    """The model in the form the device trains fastest, on images in `augment.layout`.
 
-    On a GPU weights are channels_last, too. On a CPU convolutions take either layout, but fused optimizers copy
+    With CUDA weights are channels_last, too. On a CPU convolutions take either layout, but fused optimizers copy
     weights not in the default one; and convolutions of small maps become matrix products.
     """
     if device.type == "cuda":

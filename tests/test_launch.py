@@ -214,6 +214,12 @@ def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeyp
     assert capsys.readouterr().out == ""
 
 
+def test_batches_are_copied_without_waiting_only_from_pinned_memory(make_config):
+    accelerator = launch.make_accelerator(make_config())
+    assert not accelerator.prepare(torch.utils.data.DataLoader([0]))._non_blocking
+    assert accelerator.non_blocking is False  # on a GPU it does: test_gpu.py
+
+
 def test_weights_are_channels_last_on_a_gpu_alone():
     for device, layout in (("cuda", torch.channels_last), ("cpu", torch.contiguous_format)):
         model = launch.suited(torch.nn.Conv2d(3, 4, 3), torch.device(device))
