@@ -82,7 +82,8 @@ class ReportAugment(Normalize):
         factors = (1 + self.JITTER * (2 * factor - 1) for factor in (brightness, saturation, contrast))
         images = jitter(images, *factors)
         angle = self.ROTATION * (2 * angle - 1)
-        return warp(images, angle=angle, flip=flip < 0.5, **crop(images, self.SHIFT, *shift))
+        down, right = crop_offsets(images, self.SHIFT, *shift)
+        return warp(images, angle=angle, flip=flip < 0.5, down=down, right=right)
 
 
 class AugMix(Normalize):
@@ -104,11 +105,12 @@ class AugMix(Normalize):
     @torch.no_grad()
     def augment(self, images: Tensor) -> Tensor:
         count, device = len(images), images.device
-        flip, down, right, share = torch.rand(4, count, device=device)
-        images = warp(images, flip=flip < 0.5, **crop(images, ReportAugment.SHIFT, down, right))
+        flip, *shift, share = torch.rand(4, count, device=device)
+        down, right = crop_offsets(images, ReportAugment.SHIFT, *shift)
+        images = warp(images, flip=flip < 0.5, down=down, right=right)
         # Shuffling stands for drawing: a third of the chains ends after each step, and every operation gets a ninth of
-        # those that go on, instead of computing all operations for all. Each chain's law is AugMix's, while chains of
-        # one batch depend slightly on each other. Extra chains make their number divisible.
+        # those that go on, instead of computing all operations for all. Each chain's distribution is AugMix's, though
+        # chains of one batch depend slightly on each other. Extra chains make their number divisible.
         multiple = len(OPERATIONS) * self.DEPTH
         total = math.ceil(self.CHAINS * count / multiple) * multiple
         chosen = torch.arange(total, device=device)
@@ -198,11 +200,14 @@ def jitter(images: Tensor, brightness: Tensor, saturation: Tensor, contrast: Ten
     return (images * saturation).add_(offset).mul_(contrast * brightness).clamp_(0, 1)
 
 
-def crop(images: Tensor, most: float, down: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """Offsets in whole pixels of a crop after padding by the share `most` of each side, from uniform draws (B,)."""
-    pixels = {"down": round(most * images.shape[-2]), "right": round(most * images.shape[-1])}
-    draws = {"down": down, "right": right}
-    return {name: ((2 * pixels[name] + 1) * draws[name]).floor() - pixels[name] for name in pixels}
+def crop_offsets(images: Tensor, most: float, *draws: Tensor) -> list[Tensor]:
+    """Offsets down and right (B,) in whole pixels of a crop after padding by the share `most` of each side.
+
+    Args:
+        draws: two, uniform in [0, 1), each (B,).
+    """
+    pads = [round(most * side) for side in images.shape[-2:]]
+    return [((2 * pad + 1) * draw).floor() - pad for pad, draw in zip(pads, draws, strict=True)]
 
 
 def warp(images: Tensor, angle=0.0, flip=False, down=0.0, right=0.0, shear_x=0.0, shear_y=0.0) -> Tensor:
@@ -320,8 +325,8 @@ def mixed(images: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, Tensor, 
         own: share of each pixel that is the image's own, in [0, 1]; (B, 1, H, W), or (B, 1, 1, 1) for all pixels alike.
 
     Returns:
-        The mixed images; the partners' labels (B,), IGNORED where either was not decoded; and the share (B,) of each
-        image that is its own.
+        The mixed images; the partners' labels (B,), IGNORED where either was not decoded; and lambda (B,), the share of
+        each image that is its own.
     """
     others = labels.flip(0).masked_fill(labels == IGNORED, IGNORED)
     own = own.masked_fill((others == IGNORED).view(-1, 1, 1, 1), 1)

@@ -1,4 +1,4 @@
-"""The only reader and writer of what a run must not lose: checkpoints to resume from, and the best weights.
+"""What a run must not lose: checkpoints to resume from, and the best weights. Nothing else writes them.
 
 A checkpoint holds Accelerate's state (model, optimizer, scaler, each process's random states), the epoch's metrics so
 far, a copy of best/, and the run's own state as JSON, which is read first: it says which phase to rebuild before the
@@ -28,6 +28,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from config import CheckpointConfig
+from engine import bare
 from errors import USAGE, UserError
 from files import digest, to_disk
 from metrics import Classification
@@ -99,7 +100,7 @@ class Checkpoints:
 
     def _name_and_part(self, models: list[nn.Module], states: list[dict[str, Tensor]], _folder: str) -> None:
         (model,) = models
-        states[:] = [self.accelerator.unwrap_model(model, keep_torch_compile=False).state_dict()]
+        states[:] = [bare(self.accelerator, model).state_dict()]
         _part(states[0])
 
     def _prune(self, newest: Path) -> None:
@@ -243,7 +244,7 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
     try:
         accelerator.load_state(str(path))
         accelerator.step = 0  # its count of pieces, whose size may have changed: a checkpoint lies between steps
-        restored = states.is_file() and _random_states_are(load_safely(states), accelerator.device)
+        restored = states.is_file() and _settle_random_states(load_safely(states), accelerator.device)
     except UnpicklingError as error:  # Accelerate loads with weights_only
         raise UserError(f"--resume: {path} holds a pickle that could run code, and is refused") from error
     finally:
@@ -261,14 +262,14 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
 def _load_weights(accelerator: Accelerator, models: list[nn.Module], folder: str) -> None:
     """In place of safetensors' `load_model`, which refuses weights that are parts of one storage."""
     state = load_file(Path(folder, "model.safetensors"))
-    model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
+    model = bare(accelerator, models.pop())
     own = model.state_dict().keys()
-    bare = {name: name.removeprefix("module.").removeprefix("_orig_mod.") for name in state}  # of older checkpoints
-    model.load_state_dict({name if name in own else bare[name]: state[name] for name in state})
+    plain = {name: name.removeprefix("module.").removeprefix("_orig_mod.") for name in state}  # of older checkpoints
+    model.load_state_dict({name if name in own else plain[name]: state[name] for name in state})
 
 
-def _random_states_are(states: dict, device: torch.device) -> bool:
-    """Whether every random state that is drawn from is now the saved one. Of GPUs, a process uses its own."""
+def _settle_random_states(states: dict, device: torch.device) -> bool:
+    """Set the random state of this process's GPU; return whether each that is drawn from is now the saved one."""
     numpy_now, numpy_then = np.random.get_state(), states["numpy_random_seed"]
     same = random.getstate() == states["random_state"] and torch.equal(
         torch.get_rng_state(), states["torch_manual_seed"]

@@ -47,7 +47,8 @@ def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config,
     tree.setdefault("recipe", _recipe_name(path))
 
     overrides = vars(_parser(tree, path).parse_args(argv))
-    overrides.pop("config", None), overrides.pop("resume", None)
+    for name in ("config", "resume"):
+        overrides.pop(name, None)
     config = overridden(tree, overrides, path)
     script = " ".join(script_of(config.recipe))
     if not patched and script != "train.py":

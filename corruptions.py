@@ -26,7 +26,7 @@ BROWN = np.array([63, 42, 20], dtype=np.float32) / 255
 ICE = np.array([0.82, 0.91, 1.0], dtype=np.float32)
 RED = np.array([0, 1, 1], dtype=np.float32)  # its distance from white, by channel
 
-# Raised whenever a corruption's law changes: figures of different versions are not comparable.
+# Raised whenever a corruption's distribution changes: figures of different versions are not comparable.
 # 2: glass_blur is what the authors' code does, and elastic_transform's anchors are whole pixels.
 VERSION = 2
 

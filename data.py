@@ -1,4 +1,4 @@
-"""Images and labels: opens a hub dataset, parquet, a folder of images or the embedded drawings.
+"""Images and labels: an opened source, its rows, classes and validation split.
 
 Each split becomes a `datasets` object with an undecoded image column and a class-label column. From there on the
 validation split, decoding and loaders are the same for every source, streamed or memory-mapped.
@@ -94,9 +94,9 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
     if only_test:
         size = _size(test, image, config, config.test_split)
         return Data(None, None, test, image, label, class_labels, classes, size)
-    on_side = partial(held_out, folds=config.folds, fold=config.fold)
+    validates = partial(is_validation, folds=config.folds, fold=config.fold)
     if isinstance(train, IterableDataset):
-        stream = streaming.TrainingStream(train, image, label, len(classes), on_side, config, seed)
+        stream = streaming.TrainingStream(train, image, label, len(classes), validates, config, seed)
         size = _size(stream.shuffled, image, config, config.train_split)
         validation = stream.validation if config.folds else None
         return Data(stream.training, validation, test, image, label, class_labels, classes, size)
@@ -108,7 +108,7 @@ def load(config: DataConfig, seed: int = 0, only_test: bool = False) -> Data:
             "set a size to resize them all to, for example --data.image_size 224, or do without test figures: "
             "--data.test_split null"
         )
-    training, validation = hold_out(train, image, on_side) if config.folds else (train, None)
+    training, validation = split_off_validation(train, image, validates) if config.folds else (train, None)
     for name, rows in (("training", training), ("validation", validation), ("test", test)):
         if rows is not None and not len(rows):
             folds = f"fold {config.fold} of {config.folds} validates" if config.folds else "none are held out"
@@ -163,7 +163,7 @@ def first_size(rows, image: str, config: DataConfig, split: str | None) -> tuple
     raise UserError(f"{config.source}: " + (f"the split '{split}' has {found}" if split else f"there is {found}"))
 
 
-def held_out(content: bytes, folds: int | None, fold: int) -> bool:
+def is_validation(content: bytes, folds: int | None, fold: int) -> bool:
     """Whether a row is for validation, decided by a hash of its image's encoded bytes; without folds none is.
 
     Nothing else matters: not the row's position, not the number of workers, shards or processes, not streaming.
@@ -174,7 +174,7 @@ def held_out(content: bytes, folds: int | None, fold: int) -> bool:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") % folds == fold
 
 
-def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> tuple[Dataset, Dataset]:
+def split_off_validation(dataset: Dataset, image: str, validates: Callable[[bytes], bool]) -> tuple[Dataset, Dataset]:
     """Split memory-mapped rows into (training, validation). Each process reads its share of the images."""
 
     def sides() -> list[bool]:
@@ -182,7 +182,7 @@ def hold_out(dataset: Dataset, image: str, on_side: Callable[[bytes], bool]) -> 
         with tqdm(total=len(share), desc="holding out", unit=" images", leave=False, delay=2, disable=no_bar()) as bar:
             found = []
             for batch in share.iter(32):  # photos are large
-                found += [on_side(bytes_of(encoded)) for encoded in batch[image]]
+                found += [validates(bytes_of(encoded)) for encoded in batch[image]]
                 bar.update(len(batch[image]))
             return found
 

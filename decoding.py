@@ -23,7 +23,7 @@ PILImage.init()
 PIXELS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 FORMATS = tuple(name for name in PIXELS if name in PILImage.OPEN)
 ARCHIVES = {"zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd"}  # containers that an image's path may lead through
-TURNED = {  # EXIF orientation to the transpose that sets a photo upright
+TURNED = {  # EXIF orientation to the transpose that sets a photo upright; Pillow's own fails if other tags are odd
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
     4: PILImage.Transpose.FLIP_TOP_BOTTOM,

@@ -28,7 +28,7 @@ def train_epoch(
     accelerator: Accelerator,
     model: nn.Module,
     loader,
-    transform: Callable[[Tensor], Tensor],
+    augmentation: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     metrics: Classification,
     micro_batch_size: int,
@@ -47,7 +47,7 @@ def train_epoch(
 
     Args:
         model, loader, optimizer: prepared by `accelerator`; its `gradient_accumulation_steps` counts the micro-batches.
-        transform: uint8 (B, 3, H, W) to float32, augmented and normalised.
+        augmentation: uint8 (B, 3, H, W) to float32, augmented and normalised.
         clip_norm: limit on the gradients' global L2 norm.
         mix: from augment.mixing; mixes the images of one micro-batch.
     """
@@ -58,21 +58,21 @@ def train_epoch(
         parts = []
         for images, labels in micro_batches:
             with accelerator.accumulate(model):
-                logits, losses = forward(model, transform(images), labels, mix)
+                logits, losses = forward(model, augmentation(images), labels, mix)
                 loss = losses.mean()
-                bad = accelerator.reduce((~loss.isfinite()).float()).maximum(bad)
+                bad = accelerator.reduce((~loss.isfinite()).float(), "max").maximum(bad)  # 0 or 1, on all processes
                 # Once bad it stays bad, and NaN gradients make fp16's scaler skip the step, too.
                 accelerator.backward(loss * torch.where(bad > 0, torch.nan, 1.0))
                 if clip_norm and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-                optimizer.optimizer.found_inf = bad.clamp(max=1)  # 1 makes torch's fused optimizers skip the step
+                optimizer.optimizer.found_inf = bad  # 1 makes torch's fused optimizers skip the step
                 optimizer.step()
                 optimizer.zero_grad()
             parts.append(metrics.reduce(logits, labels, losses))
         losses, classes, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         metrics.add(losses, classes, labels)
         top1 = (classes[:, 0] == labels).float().mean()
-        unapplied = unapplied + (bad > 0)
+        unapplied = unapplied + bad
         yield Step(losses.mean(), top1, len(labels) * accelerator.num_processes, unapplied)
 
 
@@ -81,9 +81,9 @@ def forward(model: nn.Module, images: Tensor, labels: Tensor, mix: Callable | No
     if mix is None:
         logits = model(images)
         return logits, row_losses(logits, labels)
-    images, others, own = mix(images, labels)
+    images, partners, lam = mix(images, labels)
     logits = model(images)
-    return logits, own * row_losses(logits, labels) + (1 - own) * row_losses(logits, others)
+    return logits, lam * row_losses(logits, labels) + (1 - lam) * row_losses(logits, partners)
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -32,14 +32,14 @@ class Interrupt:
     def __init__(self, accelerator: Accelerator, resume_hint: str):
         self.accelerator, self.resume_hint = accelerator, resume_hint
         self.number, self.noted, self.checks = 0, 0.0, 0
-        self.next, self.asked = 1, (0, time.monotonic())  # check to ask the others at; when that was last done
+        self.next_check, self.last_asked = 1, (0, time.monotonic())  # the check to ask the others at; the last such
         # Nobody sets these by hand, unlike ACCELERATE_MIXED_PRECISION.
         launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
         self.launcher = os.getppid() if launched else None
 
     def __enter__(self):
-        asked = [number for number in SIGNALS if not _under_nohup(number)]
-        self.before = {number: signal.signal(number, self._note) for number in asked}
+        noted = [number for number in SIGNALS if not _under_nohup(number)]
+        self.before = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(self, *_):
@@ -63,12 +63,13 @@ class Interrupt:
         if self.launcher and os.getppid() != self.launcher:
             self.number = self.number or signal.SIGTERM
         self.checks += 1
-        if self.accelerator.num_processes > 1 and self.checks < self.next:
+        if self.accelerator.num_processes > 1 and self.checks < self.next_check:
             return
-        (before, then), now = self.asked, time.monotonic()
+        (before, then), now = self.last_asked, time.monotonic()
+        # Without a signal, the slowest process's seconds per check, on all: so all ask again at the same check.
         number, seconds = max_over_processes(self.accelerator, (self.number, (now - then) / (self.checks - before)))
-        self.asked = self.checks, now
-        self.next = self.checks + max(1, min(AGREE_EVERY, int(PATIENCE / max(seconds, 1e-9))))
+        self.last_asked = self.checks, now
+        self.next_check = self.checks + max(1, min(AGREE_EVERY, int(PATIENCE / max(seconds, 1e-9))))
         if number:
             if CHILD:  # torch would raise the death of a loader's worker, which had the signal, too, in mid-save
                 self.before[CHILD] = signal.signal(CHILD, signal.SIG_DFL)

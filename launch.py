@@ -79,7 +79,7 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
 
 
 def _waiting(minutes: float) -> InitProcessGroupKwargs:
-    """How long processes wait for each other. Accelerate ignores its default, 10 minutes: hence the microsecond."""
+    """How long processes wait for each other; the microsecond, as Accelerate drops a value equal to its default."""
     return InitProcessGroupKwargs(timeout=timedelta(minutes=minutes, microseconds=1))
 
 
@@ -158,7 +158,7 @@ def resume_hint(accelerator: Accelerator, run: str | Path, push_to_hub: str | No
 
 @contextlib.contextmanager
 def ended(accelerator: Accelerator):
-    """Wrap the whole run: processes that reach its end leave together; failed ones don't wait.
+    """Around work that all processes end together: those that reach its end leave together; failed ones don't wait.
 
     A process that exits while it holds gloo's connections is sometimes aborted, after all work is done.
     """

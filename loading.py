@@ -78,7 +78,7 @@ def keep_decoded(source: Data, config: DataConfig, device: torch.device, watch=l
             labels = torch.empty(len(rows), dtype=torch.int64)
             workers = 0
             if len(rows) > FEW:  # nothing trains yet, so no core is spared
-                workers = default_workers(spared=0) if config.workers is None else config.workers
+                workers = _workers(config, spared=0)
             begin = 0
             # Its own generator, so that workers' seeds are not drawn from the generator that training uses.
             for batch in watch(
@@ -154,7 +154,7 @@ def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataL
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=default_workers(most=16) if config.workers is None else config.workers,
+        num_workers=_workers(config, most=16),
         worker_init_fn=_outlive_signals,
         pin_memory=_uses_gpu(),
         collate_fn=collate or _as_it_is,
@@ -239,10 +239,6 @@ def images_per_epoch(prepared_loader, global_batch: int, source: Data) -> int | 
         return source.train.stream.expected
 
 
-def _workers(config: DataConfig) -> int:
-    return default_workers() if config.workers is None else config.workers
-
-
-def default_workers(most: int = 4, spared: int = 1) -> int:
-    """This process's share of the machine's cores, less `spared` for training itself; between 1 and `most`."""
-    return min(most, max(1, cores_per_process() - spared))
+def _workers(config: DataConfig, most: int = 4, spared: int = 1) -> int:
+    """`data.workers`, or this process's share of the cores, less `spared` for training itself; between 1 and `most`."""
+    return min(most, max(1, cores_per_process() - spared)) if config.workers is None else config.workers

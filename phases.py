@@ -40,27 +40,27 @@ class Schedule:
 
     def __init__(self, optimizer: Optimizer, phase: PhaseConfig):
         if phase.schedule == "plateau":
-            self.torch = ReduceLROnPlateau(
+            self.scheduler = ReduceLROnPlateau(
                 optimizer, mode="max", factor=0.1, patience=5, threshold=0.0, threshold_mode="abs"
             )
         elif phase.schedule == "cosine":
-            self.torch = LambdaLR(optimizer, lambda epoch: cosine(epoch, phase.epochs))
+            self.scheduler = LambdaLR(optimizer, lambda epoch: cosine(epoch, phase.epochs))
         else:
-            self.torch = LambdaLR(optimizer, lambda epoch: 1.0)
+            self.scheduler = LambdaLR(optimizer, lambda epoch: 1.0)
         self.wants_metric = phase.schedule == "plateau"
 
     def step(self, top1: float | None) -> None:
         """End an epoch that reached this validation top-1 (the same on every process; None: no validation)."""
         with warnings.catch_warnings():  # torch warns of a missing step if a run resumed at an epoch's end
             warnings.filterwarnings("ignore", message="Detected call of")
-            self.torch.step(top1) if self.wants_metric else self.torch.step()
+            self.scheduler.step(top1) if self.wants_metric else self.scheduler.step()
 
     def state_dict(self) -> dict:
         """Plain values, fit for JSON."""
-        return {key: value for key, value in self.torch.state_dict().items() if key != "lr_lambdas"}
+        return {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
 
     def load_state_dict(self, state: dict) -> None:
-        self.torch.load_state_dict(state | ({} if self.wants_metric else {"lr_lambdas": [None]}))
+        self.scheduler.load_state_dict(state | ({} if self.wants_metric else {"lr_lambdas": [None]}))
 
 
 @dataclass
@@ -109,7 +109,7 @@ class RunState:
         self.step += 1
 
     def end_epoch(self, top1: float | None, seconds: float, schedule: Schedule, stopping: EarlyStopping) -> bool:
-        """Give an epoch's validation top-1 to the schedule and to early stopping, and record all three.
+        """Record an epoch, its validation top-1, and where its schedule and early stopping are now.
 
         Returns:
             Whether it is the run's best so far (a tie is not; without validation the newest is).
@@ -118,8 +118,6 @@ class RunState:
         self.phase_epoch += 1
         self.epoch_step, self.epoch_seconds = 0, 0.0
         self.minutes += seconds / 60
-        schedule.step(top1)
-        self.stopped = stopping.step(top1)
         self.schedule, self.early_stopping = schedule.state_dict(), asdict(stopping)
         if self.best_top1 is not None and top1 <= self.best_top1:
             return False

@@ -203,7 +203,7 @@ def predict(args: argparse.Namespace, config: Config) -> None:
     config = dataclasses.replace(config, sync_batch_norm=False, tf32=config.tf32 and launch.has_tf32())
     accelerator = launch.make_accelerator(config, launch.precision_of_training(config))
     folder = args.run / "predictions"
-    with raised_on_all(accelerator), writing(folder):
+    with raised_on_all(), writing(folder):
         folder.mkdir(exist_ok=True)
         if args.output and not os.path.isdir(args.output.absolute().parent):
             raise UserError(f"--output: there is no folder {args.output.absolute().parent}", USAGE)

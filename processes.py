@@ -16,7 +16,7 @@ CPU_MAX = Path("/sys/fs/cgroup/cpu.max")  # as a container sees its own
 
 
 @contextlib.contextmanager
-def raised_on_all(accelerator: Accelerator):
+def raised_on_all():
     """Around work that one process may fail at: a `UserError` on one process is raised on all.
 
     Nothing inside may wait for the other processes.

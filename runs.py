@@ -57,7 +57,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
         on_main(lambda: _make(run, config))
     try:
         on_main(lambda: _take(lock, run))
-        with raised_on_all(accelerator):
+        with raised_on_all():
             if not (run / "config.yaml").is_file():
                 raise UserError(f"output_dir: {run} can't be seen from every machine of this run; share the folder")
         yield run
@@ -121,7 +121,7 @@ def check_changes(accelerator: Accelerator, config: Config, run: Path, phases_be
     before = dataclasses.replace(before, data=dataclasses.replace(before.data, streaming=before.data.streams))
     notes = launch.check_same(before.environment, accelerator)
     micro = config.data.micro_batch_size
-    if micro == "auto":  # as the run's recipe says again; the run has settled it, unless it began without
+    if micro == "auto":  # a recipe may say so again: keep what the run has found, if it has
         micro = before.data.micro_batch_size or micro
     revision = config.data.commit or before.data.revision or config.data.revision  # a branch may have moved
     data = dataclasses.replace(config.data, streaming=config.data.streams, micro_batch_size=micro, revision=revision)

@@ -130,7 +130,7 @@ class TrainingStream:
     Args:
         label: the label column.
         classes: how many there are.
-        held_out: whether an image's bytes make its row a validation row.
+        is_validation: whether an image's bytes make its row a validation row.
         config: sets the shuffle buffer and how much is kept in memory.
         seed: seeds the order.
     """
@@ -141,13 +141,13 @@ class TrainingStream:
         image: str,
         label: str,
         classes: int,
-        held_out: Callable[[bytes], bool],
+        is_validation: Callable[[bytes], bool],
         config: DataConfig,
         seed: int,
     ):
         shuffled = Shuffled(rows, image, config.shuffle_buffer, seed)
         self.in_order, self.shuffled = (Stream(each, image, config.source) for each in (rows, shuffled))
-        self.image, self.label, self.classes, self.held_out, self.seed = image, label, classes, held_out, seed
+        self.image, self.label, self.classes, self.is_validation, self.seed = image, label, classes, is_validation, seed
         self.keep_mb, self.batch_size = config.keep_mb, config.batch_size
         self.kept: dict[bool, list[dict]] = {}  # training rows under False, validation rows under True
         self.whole = self.too_large = False  # all rows are kept; they are too large to keep
@@ -182,20 +182,21 @@ class TrainingStream:
             order = range(len(rows)) if validation else np.random.default_rng((self.seed, epoch)).permutation(len(rows))
             return (rows[number] for number in order)
         self.shuffled.rows.set_epoch(epoch)
-        return (row for row in (self.in_order if validation else self.shuffled) if self._is_held_out(row) == validation)
+        rows = self.in_order if validation else self.shuffled
+        return (row for row in rows if self._is_validation(row) == validation)
 
     def _first_pass(self) -> Iterator[dict]:
         """The first epoch's training rows. At the end either all rows are kept or none."""
         limit, size, self.kept, labels = self.keep_mb * MB, 0, {False: [], True: []}, []
         for row in self.shuffled:
-            held_out, size = self._is_held_out(row), size + len(row[self.image]["bytes"])
+            validation, size = self._is_validation(row), size + len(row[self.image]["bytes"])
             if not self.too_large:
-                self.kept[held_out].append(row)
+                self.kept[validation].append(row)
                 if size > limit:
                     self.too_large, self.kept = True, {}
                     larger = f"larger than data.keep_mb {self.keep_mb}" if self.keep_mb else "not kept (data.keep_mb 0)"
                     tqdm.write(f"stream: {larger}, so each epoch reads it again")
-            if not held_out:
+            if not validation:
                 if len(labels) < FIRST:
                     labels.append(row[self.label])
                     self._warn_if_sorted(labels)
@@ -248,8 +249,8 @@ class TrainingStream:
                 f"{self.in_order.source}: {rows} training rows are fewer than data.batch_size {self.batch_size}"
             )
 
-    def _is_held_out(self, row: dict) -> bool:
-        return self.held_out(row[self.image]["bytes"])
+    def _is_validation(self, row: dict) -> bool:
+        return self.is_validation(row[self.image]["bytes"])
 
 
 class Part(Sampler):

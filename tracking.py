@@ -1,4 +1,4 @@
-"""Where a run's metrics go: history.jsonl always, W&B if wanted, and the console."""
+"""Where a run's metrics go (history.jsonl, W&B if wanted, the console), and whether what was trained is finite."""
 
 import contextlib
 import dataclasses
@@ -153,14 +153,14 @@ class Tracking:
         self._tell_tracker(lambda: self.accelerator.log(row, step=row["epoch"], log_kwargs=now))
         left = _duration(row["seconds_left"])
         left = f", about {left} of {row['phase']} left" if left else ""
-        validated = "no validation"
+        val = "no validation"
         if row["val_loss"] is not None:
-            validated = f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%}"
+            val = f"val loss {row['val_loss']:.3f} top1 {row['val_top1']:6.2%} top5 {row['val_top5']:6.2%}"
         rate = "-" if row["images_per_second"] is None else f"{row['images_per_second']:.0f}"
         self.accelerator.print(
             f"epoch {row['epoch']:3d}/{sum(self.phases.values())} {row['phase']:<9s} lr {row['lr']:.1e} | "
             f"train loss {row['train_loss']:.3f} top1 {row['train_top1']:6.2%} | "
-            f"{validated} | "
+            f"{val} | "
             f"{row['seconds']:.1f} s, {rate} images/s"
             f"{left}{'  best' if best and row['val_loss'] is not None else ''}",
             flush=True,

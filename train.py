@@ -100,7 +100,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
         augmentation, transform = augment.build(config, model.pretrained_cfg, accelerator.device)
         if config.data.micro_batch_size == "auto":
             micro_batch_size = faults.fitting_micro_batch(accelerator, config, model, augmentation, size, share)
-            stack.enter_context(explained(micro_batch_size))
+            stack.enter_context(explained(micro_batch_size))  # inside the one above, as only this size is right now
             config = runs.record(config, run, micro_batch_size=micro_batch_size)
             accelerator.print(f"data.micro_batch_size auto: {micro_batch_size} images fit in a forward pass")
         elif resume:
@@ -127,11 +127,11 @@ def train(config: Config, resume: Path | None = None) -> Path:
         stack.enter_context(launch.ended(accelerator))
 
         source = loading.keep_decoded(source, config.data, accelerator.device, interrupt.watch)
-        rows = None if data.is_streamed(source) else len(source.train)
+        train_size = None if data.is_streamed(source) else len(source.train)
         accelerator.print(f"images: {loading.describe(source)}")
-        accelerator.print(f"batch: {launch.describe_batch(config, accelerator, micro_batch_size, rows)}")
-        train_rows = loading.loader(source, "train", config.data, share)
-        validation_rows = loading.loader(source, "validation", config.data, share)
+        accelerator.print(f"batch: {launch.describe_batch(config, accelerator, micro_batch_size, train_size)}")
+        raw_train_loader = loading.loader(source, "train", config.data, share)
+        raw_val_loader = loading.loader(source, "validation", config.data, share)
 
         for index, (name, phase) in enumerate(config.phases.items()):
             if index < state.phase:
@@ -146,11 +146,12 @@ def train(config: Config, resume: Path | None = None) -> Path:
             schedule, stopping = Schedule(optimizer, phase), EarlyStopping(phase.early_stopping)
             metrics = Classification()
             model, optimizer, train_loader, val_loader = accelerator.prepare(
-                model, optimizer, train_rows, validation_rows
+                model, optimizer, raw_train_loader, raw_val_loader
             )
             launch.own_generators(train_loader, val_loader)
             if saved:
-                metrics.load_state_dict(checkpoint.restore(accelerator, saved, run), accelerator.device)
+                epoch_so_far = checkpoint.restore(accelerator, saved, run)
+                metrics.load_state_dict(epoch_so_far, accelerator.device)
                 if state.phase_epoch:
                     schedule.load_state_dict(state.schedule)
                     stopping = EarlyStopping(**state.early_stopping)
@@ -196,6 +197,8 @@ def train(config: Config, resume: Path | None = None) -> Path:
 
                 # From here on every process has the same metrics and so makes the same decisions.
                 trained, seconds = metrics.compute(gather_object), time.perf_counter() - began
+                schedule.step(validated["top1"])
+                state.stopped = stopping.step(validated["top1"])
                 best = state.end_epoch(validated["top1"], seconds, schedule, stopping)
                 tracking.epoch(name, state, lr, trained, validated, seconds, best)
                 if best and accelerator.is_main_process:

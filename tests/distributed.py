@@ -128,7 +128,7 @@ def an_error_of_one_process_is_raised_on_all(accelerator: Accelerator) -> None:
         raise UserError("no more room", 7)
 
     def at_once(failing):
-        with raised_on_all(accelerator):
+        with raised_on_all():
             if accelerator.process_index == failing:
                 fail()
 

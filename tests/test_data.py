@@ -394,10 +394,10 @@ def test_fewer_rows_than_processes_are_held_out_as_always(tmp_path, monkeypatch)
     for rank in range(7):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setattr(data, "on_all", lambda work: shares.append(work()) or [[True] * 5])
-        data.hold_out(rows, "image", lambda content: len(content) % 2 == 0)
+        data.split_off_validation(rows, "image", lambda content: len(content) % 2 == 0)
     assert [len(share) for share in shares] == [1] * 5 + [0] * 2
     monkeypatch.setattr(data, "on_all", lambda _: shares)
-    training, validation = data.hold_out(rows, "image", None)
+    training, validation = data.split_off_validation(rows, "image", None)
     assert validation["image"] == [image for image in rows["image"] if len(image["bytes"]) % 2 == 0]
     assert len(training) + len(validation) == 5
 

@@ -90,6 +90,13 @@ def test_early_stopping_can_be_off():
     assert not any(stopping.step(0.0) for _ in range(100))
 
 
+def end_epoch(state, top1, schedule, stopping):
+    """An epoch's end, as in train.py; half a minute each."""
+    schedule.step(top1)
+    state.stopped = stopping.step(top1)
+    return state.end_epoch(top1, 30.0, schedule, stopping)
+
+
 @pytest.mark.parametrize("schedule", ["plateau", "cosine", "constant"])
 def test_state_survives_json(schedule):
     optimizer, made = optimizer_and_schedule(schedule=schedule)
@@ -97,7 +104,7 @@ def test_state_survives_json(schedule):
     stopping = EarlyStopping(3)
     for top1 in (0.1, 0.3, 0.2):
         optimizer.step()
-        state.end_epoch(top1, 60.0, made, stopping)
+        end_epoch(state, top1, made, stopping)
     restored = RunState(**json.loads(json.dumps(state.state_dict())))
     assert restored == state
     other_optimizer, other = optimizer_and_schedule(schedule=schedule)
@@ -114,13 +121,13 @@ def test_state_survives_json(schedule):
 def test_best_spans_the_run_and_counters_start_afresh_in_each_phase():
     _, schedule = optimizer_and_schedule()
     state, stopping = RunState(), EarlyStopping(2)
-    assert state.end_epoch(0.5, 30.0, schedule, stopping)
-    assert not state.end_epoch(0.5, 30.0, schedule, stopping), "a tie is not better"
-    assert not state.end_epoch(0.4, 30.0, schedule, stopping)
+    assert end_epoch(state, 0.5, schedule, stopping)
+    assert not end_epoch(state, 0.5, schedule, stopping), "a tie is not better"
+    assert not end_epoch(state, 0.4, schedule, stopping)
     assert state.stopped
     state.begin_phase(1)
     assert not state.stopped
-    assert not state.end_epoch(0.45, 30.0, schedule, EarlyStopping(2)), "the best weights span the run"
+    assert not end_epoch(state, 0.45, schedule, EarlyStopping(2)), "the best weights span the run"
     assert (state.best_epoch, state.epoch, state.phase_epoch, state.phase) == (1, 4, 1, 1)
     assert math.isclose(state.minutes, 2)
 

@@ -32,7 +32,7 @@ def stream_of(rows=2000, shards=1, seed=0, folds=5, **values):
     dataset = datasets.IterableDataset.from_generator(count, gen_kwargs={"shards": parts})
     config = DataConfig(source="x", **({"shuffle_buffer": 50} | values))
     return streaming.TrainingStream(
-        dataset, "image", "label", 10, partial(data.held_out, folds=folds, fold=0), config, seed
+        dataset, "image", "label", 10, partial(data.is_validation, folds=folds, fold=0), config, seed
     )
 
 
@@ -45,7 +45,7 @@ def numbers(part, epoch=0) -> list[int]:
 @pytest.mark.parametrize("keep_mb", [2048, 0])
 def test_every_row_comes_once_an_epoch_on_its_side(shards, keep_mb):
     stream = stream_of(shards=shards, keep_mb=keep_mb)
-    held_out = [n for n in range(2000) if data.held_out(b"%d" % n, folds=5, fold=0)]
+    held_out = [n for n in range(2000) if data.is_validation(b"%d" % n, folds=5, fold=0)]
     orders = []
     for epoch in range(3):
         orders.append(numbers(stream.training, epoch))
@@ -130,7 +130,7 @@ def test_what_is_kept_is_decoded_as_far_as_it_fits(monkeypatch, capsys):
     sizes = sum(map(len, contents))
     pixels = 3 * 32 * 32
     folds = {"folds": 4, "fold": 0}
-    held_out = partial(data.held_out, **folds)
+    held_out = partial(data.is_validation, **folds)
     for room, decoded in ((0, range(1)), (50 * pixels, range(50, 199)), (200 * pixels, range(200, 201))):
         rows = datasets.IterableDataset.from_generator(
             lambda: ({"image": {"bytes": content, "path": None}, "label": 1} for content in contents)
@@ -164,7 +164,7 @@ def test_what_the_dataset_says_of_its_rows_is_about_an_epochs_length():
         said.num_examples = number
         config = DataConfig(source="x", folds=folds)
         stream = streaming.TrainingStream(
-            rows, "image", "label", 10, partial(data.held_out, folds=folds, fold=0), config, 0
+            rows, "image", "label", 10, partial(data.is_validation, folds=folds, fold=0), config, 0
         )
         assert stream.expected == expected
         if folds and expected:
@@ -189,7 +189,7 @@ def test_the_first_rows_are_looked_at_without_reading_them_twice():
     looked_at = [row["image"]["bytes"] for row in itertools.islice(stream.shuffled.look(), 9)]
     order = numbers(stream.training)
     assert sorted(READ) == list(range(2000))
-    trained_on = [int(content) for content in looked_at if not data.held_out(content, folds=5, fold=0)]
+    trained_on = [int(content) for content in looked_at if not data.is_validation(content, folds=5, fold=0)]
     assert trained_on == order[: len(trained_on)]
 
 
