@@ -8,7 +8,6 @@ here unpickles arbitrary objects.
 """
 
 import json
-import os
 import random
 import re
 import shutil
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from config import CheckpointConfig
 from engine import bare
 from errors import USAGE, UserError
-from files import digest, to_disk
+from files import digest, replace, to_disk
 from metrics import Classification
 from phases import RunState
 from processes import AGREE_EVERY, max_over_processes, on_main
@@ -89,7 +88,7 @@ class Checkpoints:
                 (unfinished / "state.json").write_text(text, encoding="utf-8")
                 _seal(unfinished)
                 _remove(target)
-                os.replace(unfinished, target)
+                replace(unfinished, target)
                 to_disk(folder)
                 self._prune(target)
         except Exception:
@@ -108,7 +107,10 @@ class Checkpoints:
         number = folders.index(newest) + 1
         # Newer ones are damaged, or hold steps that a resumed run repeats.
         for path in folders[: max(0, number - self.config.keep)] + folders[number:]:
-            _remove(path)
+            try:
+                _remove(path)
+            except OSError as error:  # on Windows it may be open somewhere; the next checkpoint tries again
+                print(f"{path} can't be removed: {error.strerror}", file=sys.stderr)
 
 
 def _remove(path: Path) -> None:
@@ -193,7 +195,12 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The files in a folder, without those that file managers leave everywhere."""
+    left = ("desktop.ini", "Thumbs.db")
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        it.relative_to(folder).as_posix(): it for it in files if not it.name.startswith(".") and it.name not in left
+    }
 
 
 def _seal(folder: Path) -> None:
@@ -254,7 +261,9 @@ def restore(accelerator: Accelerator, saved: Saved, run: Path) -> dict[str, Tens
             f"--resume: {path} has no matching random states for process {accelerator.process_index}: resume with as "
             "many processes, and devices of the same kind and number, as the run was started with"
         )
+    # Copies, as what is loaded maps the file, which Windows then can't remove.
     epoch = load_file(path / f"epoch_{accelerator.process_index}.safetensors")
+    epoch = {name: part.clone() for name, part in epoch.items()}
     accelerator.wait_for_everyone()
     return epoch
 
@@ -302,7 +311,7 @@ def save_best(model: nn.Module, run: Path) -> None:
             model_args=arguments,
             safe_serialization=True,
         )
-        _put_in_place(unfinished, run / "best", os.replace)
+        _put_in_place(unfinished, run / "best", replace)
     finally:
         parting.remove()
         shutil.rmtree(unfinished, ignore_errors=True)  # if it failed, it is useless, and the disk may be full
@@ -328,7 +337,7 @@ def _put_in_place(source: Path, best: Path, move) -> None:
         try:
             move(source / name, arrived)
             to_disk(arrived)
-            os.replace(arrived, best / name)
+            replace(arrived, best / name)
         except OSError:
             arrived.unlink(missing_ok=True)
             raise

@@ -321,4 +321,4 @@ def command(run: Run) -> str:
         words += ["--cpu"] if found.get("device_type") == "cpu" else []
     recipe = run.setting("recipe")
     words += script_of(recipe if isinstance(recipe, str) else "")  # in a foreign config it may be anything
-    return plain(shlex.join([*words, "--config", os.path.abspath(run.path / "config.yaml")]))
+    return plain(shlex.join([*words, "--config", os.path.abspath(run.path / "config.yaml").replace(os.sep, "/")]))

@@ -68,11 +68,11 @@ class Corrupted(Dataset):
     The result depends only on the image, the seed, the corruption, the severity and the row.
 
     Args:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, 3); a tensor, which workers that are not forked share instead of copying it.
         labels: (N,).
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, seed: int):
+    def __init__(self, images: torch.Tensor, labels: np.ndarray, seed: int):
         self.images, self.labels, self.seed = images, labels, seed
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class Corrupted(Dataset):
             number, level = divmod(cell, LEVELS)
             rng = np.random.default_rng([self.seed, number, level, row])
             name, severity = corruptions.NAMES[number], corruptions.SEVERITIES[level]
-            images.append(corruptions.corrupt(self.images[row], name, severity, rng))
+            images.append(corruptions.corrupt(self.images[row].numpy(), name, severity, rng))
         rows = np.array(indices) % len(self.labels)
         return {"image": _channels_first(np.stack(images)), "label": torch.from_numpy(self.labels[rows])}
 

@@ -74,8 +74,14 @@ def explained(
 
 
 ONE_VALUE = "Expected more than 1 value per channel when training"
-FULL = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")  # torch's writer gives no reason
-NO_MEMORY = ("could not create a primitive", "CUDA error: out of memory", "_ALLOC_FAILED")
+# Torch's writer gives no reason; 112 is Windows's number.
+FULL = ("No space left on device", "(os error 112)", "PytorchStreamWriter failed", "unexpected pos")
+NO_MEMORY = (
+    "could not create a primitive",
+    "CUDA error: out of memory",
+    "_ALLOC_FAILED",
+    "DefaultCPUAllocator: not enough memory",  # as Windows says it
+)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "Socket", "NCCL")
 
 

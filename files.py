@@ -2,7 +2,10 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
+
+PATIENCE = 10 if os.name == "nt" else 0  # seconds
 
 
 def digest(path: Path) -> str:
@@ -25,13 +28,25 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, which on Windows waits a while for programs that have a file open, as virus scanners have."""
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(0.1)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a text file's content: whatever happens, the file holds the old or the new."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8")
         to_disk(unfinished)
-        os.replace(unfinished, path)
+        replace(unfinished, path)
     except Exception:
         unfinished.unlink(missing_ok=True)
         raise

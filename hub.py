@@ -83,7 +83,7 @@ def unreachable(wanted: str) -> UserError:
     return UserError(
         f"the hub ({endpoint()}) can't be reached, and {wanted} is not in this machine's cache. Connect; or "
         "use local data (--data.source FOLDER) and local weights (--model.weights FILE.safetensors), or train from "
-        "scratch (--model.pretrained false); or see it work on embedded data: make demo"
+        "scratch (--model.pretrained false); or see it work on embedded data: --config recipes/demo_pretrain.yaml"
     )
 
 

@@ -1,8 +1,8 @@
 """Signals as requests to stop: noted at once, obeyed after a step, when a run can be saved.
 
-They are SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (of batch systems) and SIGHUP (the terminal is closed). A dead launcher
-counts as SIGTERM: `accelerate launch` passes no signal on, and whoever kills it alone does not want training to
-continue unseen.
+They are SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (of batch systems), SIGHUP (the terminal is closed) and Windows's
+SIGBREAK (Ctrl-Break). A dead launcher counts as SIGTERM: `accelerate launch` passes no signal on, and whoever kills it
+alone does not want training to continue unseen.
 """
 
 import os
@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from errors import Interrupted, give_up_stderr
 from processes import AGREE_EVERY, max_over_processes
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 CHILD = getattr(signal, "SIGCHLD", None)
 PATIENCE = 2  # seconds until processes ask one another again, if that is less than AGREE_EVERY steps
 DOUBLED = 2  # seconds within which a second Ctrl-C is taken for the launcher's copy of the first

@@ -6,6 +6,7 @@ import gc
 import os
 import platform
 import shlex
+import shutil
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -183,8 +184,13 @@ def precision_of_training(config: Config) -> str | None:
     return recorded if can_be_had and "ACCELERATE_MIXED_PRECISION" not in os.environ else None
 
 
-def hint_at_bf16(accelerator: Accelerator) -> None:
-    """Say so if a device with bf16 instructions is used without bf16, or one without them is used with it."""
+def hint_at_speed(accelerator: Accelerator) -> None:
+    """Say so if a GPU or bf16 instructions are there and not used, or bf16 is used without them."""
+    if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
+        accelerator.print(
+            "hint: this machine seems to have an Nvidia GPU, but the installed torch is a CPU build (what pip installs "
+            "on Windows): https://pytorch.org/get-started/locally/ says how to get one for the GPU"
+        )
     has = has_bf16(accelerator.device)
     if accelerator.mixed_precision == "no" and has:
         accelerator.print(

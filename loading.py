@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import math
 import multiprocessing
 import signal
 
@@ -16,10 +17,10 @@ from config import DataConfig
 from data import Data, is_streamed
 from decoding import Collate
 from processes import cores_per_process, is_main, no_bar
+from workers import outlive_signals
 
 FEW = 2000  # rows of small images, which decode faster than a worker starts
 LITTLE = 1 / 20  # of a GPU's memory
-GRACE = 120  # seconds that a loader's worker lives on after SIGTERM: several processes may take 20 more steps
 
 
 class DecodedImages(Dataset):
@@ -87,7 +88,7 @@ def keep_decoded(source: Data, config: DataConfig, device: torch.device, watch=l
                     batch_size=256,
                     num_workers=workers,
                     collate_fn=collate,
-                    worker_init_fn=_outlive_signals,
+                    worker_init_fn=outlive_signals,
                     generator=torch.Generator(),
                 )
             ):
@@ -140,7 +141,7 @@ def loader(source: Data, split: str, config: DataConfig, batch_size: int) -> Dat
         # Not persistent: a loader draws a random number whenever it starts workers, and a resumed run has to draw as
         # often as an uninterrupted one.
         persistent_workers=False,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=outlive_signals,
         pin_memory=_uses_gpu() and not on_gpu,
         collate_fn=_as_it_is if kept else _collate(source, split, config),
     )
@@ -154,8 +155,8 @@ def batches(dataset, config: DataConfig, batch_size: int, collate=None) -> DataL
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=_workers(config, most=16),
-        worker_init_fn=_outlive_signals,
+        num_workers=min(_workers(config, most=16), math.ceil(len(dataset) / batch_size)),
+        worker_init_fn=outlive_signals,
         pin_memory=_uses_gpu(),
         collate_fn=collate or _as_it_is,
     )
@@ -180,20 +181,6 @@ def _collate(source: Data, split: str, config: DataConfig) -> Collate:
 
 def _as_it_is(batch):
     return batch
-
-
-def _outlive_signals(_worker: int) -> None:
-    """In a worker: survive a signal to the whole process group, as training still needs batches to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _live_on)
-
-
-def _live_on(*_) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever asks a second time means it, as torch does when it closes
-    signal.alarm(GRACE)
 
 
 @atexit.register
@@ -241,4 +228,8 @@ def images_per_epoch(prepared_loader, global_batch: int, source: Data) -> int | 
 
 def _workers(config: DataConfig, most: int = 4, spared: int = 1) -> int:
     """`data.workers`, or this process's share of the cores, less `spared` for training itself; between 1 and `most`."""
-    return min(most, max(1, cores_per_process() - spared)) if config.workers is None else config.workers
+    if config.workers is not None:
+        return config.workers
+    if multiprocessing.get_start_method() != "fork":  # each imports everything anew: seconds, and most of a GB
+        most = min(most, 4)
+    return min(most, max(1, cores_per_process() - spared))

@@ -43,11 +43,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         allow_abbrev=False,
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, finished or not, with best/ and config.yaml")
+    parser.add_argument(
+        "run", type=_path, metavar="RUN", help="run folder, finished or not, with best/ and config.yaml"
+    )
     group = parser.add_argument_group("what to predict", "one of these; without any, --split test")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--split", choices=("test", "validation"), help="a split of the run's data")
-    what.add_argument("--images", type=Path, metavar="DIR", help="image files without labels, subfolders included")
+    what.add_argument("--images", type=_path, metavar="DIR", help="image files without labels, subfolders included")
     what.add_argument(
         "--robustness",
         action="store_true",
@@ -56,13 +58,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     )
     what.add_argument(
         "--cifar100c",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="the official CIFAR-100-C: 19 .npy files named after their corruptions, and labels.npy",
     )
     what.add_argument(
         "--ood",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="the course's distortion00.npy to distortion18.npy: writes a submission of 950,000 rows",
     )
@@ -86,7 +88,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     )
     parser.add_argument("--seed", type=_seed, metavar="INT", help="seed of --robustness's corruptions [0]")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="where the CSV goes [RUN/predictions/NAME.csv, submission.csv]"
+        "--output", type=_path, metavar="FILE", help="where the CSV goes [RUN/predictions/NAME.csv, submission.csv]"
     )
     about = "Other data than the run's own, or another way to read them. Without these: as the run has them."
     add_data_options(parser, WHICH_DATA + HOW_READ, "data", about)
@@ -128,6 +130,10 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError(f"--output: {args.output} is not a regular file", USAGE)
     if args.images and not os.path.isdir(args.images):
         raise UserError(f"--images: there is no folder {args.images}", USAGE)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # Windows's shells leave ~ alone
 
 
 def _positive(text: str) -> int:
@@ -401,7 +407,7 @@ def _corrupted(args: argparse.Namespace, model: Classifier) -> tuple[distorted.C
     if not len(labels):
         raise UserError("none of the images can be decoded", shared=True)
     pixels = torch.cat([batch["image"] for batch in batches]).permute(0, 2, 3, 1)
-    rows = distorted.Corrupted(pixels.numpy(), labels.numpy(), args.seed or 0)
+    rows = distorted.Corrupted(pixels, labels.numpy(), args.seed or 0)
     return rows, model.labels_of(source.class_names, "data.source")
 
 

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from errors import UserError
+from files import replace
 from inference import Predicted
 from metrics import IGNORED
 from text import plain, shown
@@ -72,7 +73,7 @@ def whole_csv(accelerator: Accelerator, path: Path, columns: tuple[str, ...]) ->
         yield write
         with writing(path):
             file.close()
-            os.replace(unfinished, path)
+            replace(unfinished, path)
     finally:
         with contextlib.suppress(OSError):  # the error has already been raised
             file.close()
@@ -126,7 +127,7 @@ class Mistakes:
             mistake = {"id": row, "true": class_names[true], "predicted": class_names[predicted]}
             told.append(mistake | {"probability": probability, "thumbnail": f"mistakes/{name}/{number:02d}.png"})
         shutil.rmtree(pictures, ignore_errors=True)
-        os.replace(unfinished, pictures)
+        replace(unfinished, pictures)
         return told
 
 

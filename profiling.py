@@ -1,5 +1,7 @@
 """Profile where the time of a step goes."""
 
+import gzip
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,11 @@ def traced(steps: Iterator, count: int, path: Path) -> Iterator:
     path.parent.mkdir(exist_ok=True)
 
     def write(profiler):
-        profiler.export_chrome_trace(str(path))
+        plain = path.with_suffix("")  # packed here, as torch opens a file twice to do it, which Windows refuses
+        profiler.export_chrome_trace(str(plain))
+        with plain.open("rb") as trace, gzip.open(path, "wb") as packed:
+            shutil.copyfileobj(trace, packed)
+        plain.unlink()
         print(f"profile: {path}", flush=True)
 
     plan = schedule(wait=WARM_UP - 1, warmup=1, active=count, repeat=1)

@@ -22,6 +22,7 @@ from pathlib import Path
 import comparison
 from commandline import Parser
 from errors import USAGE, UserError, reported
+from files import replace
 from runfolder import Run, read_run
 from text import NAME_LENGTH, plain
 
@@ -168,7 +169,7 @@ def _whole(path: Path, option: str) -> Iterator:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
             yield file
-        os.replace(unfinished, path)
+        replace(unfinished, path)
     except OSError as error:
         raise UserError(f"{option}: {path} can't be written: {error.strerror or error}", USAGE) from None
     finally:
@@ -183,14 +184,34 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, in the order to show them")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="write the page there")
+    parser.add_argument(
+        "runs",
+        type=lambda text: Path(text).expanduser(),
+        nargs="+",
+        metavar="RUN",
+        help="run folders, in the order to show them",
+    )
+    parser.add_argument(
+        "--output", type=lambda text: Path(text).expanduser(), metavar="FILE.html", help="write the page there"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the comparison for a README, and nothing else")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write each figure there, as PNG and as SVG")
+    parser.add_argument(
+        "--plots",
+        type=lambda text: Path(text).expanduser(),
+        metavar="DIR",
+        help="write each figure there, as PNG and as SVG",
+    )
     args = parser.parse_args(sys.argv[1:])
+    args.runs = [found for path in args.runs for found in _expanded(path)]
     if args.output and args.output.suffix.lower() not in (".html", ".htm"):  # never overwrite another file
         raise UserError(f"--output: {args.output} should end in .html", USAGE)
     return args
+
+
+def _expanded(path: Path) -> list[Path]:
+    """What a pattern such as runs/* stands for, which Windows's shells leave to the command."""
+    pattern = "*" in path.name and not os.path.lexists(path)
+    return sorted(path.parent.glob(path.name)) or [path] if pattern else [path]
 
 
 def main() -> None:

@@ -65,6 +65,7 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
         raise
     except BaseException:
         if accelerator.is_main_process and not resume and not begun(run):
+            lock.release()  # Windows removes no folder with an open file in it
             shutil.rmtree(run, ignore_errors=True)
             if folder_made:
                 with contextlib.suppress(OSError):  # another run has begun in it

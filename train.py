@@ -12,10 +12,13 @@ everything else is frozen. Parts 1 and 2 of the report are runs with one phase, 
 """
 
 import hub
+import workers
 from commandline import parse
 from config import Config
 from errors import Interrupted, reported
 
+if __name__ == "__mp_main__":  # a loader's worker that was not forked; what it imports here takes seconds
+    workers.outlive_signals()
 if __name__ == "__main__":
     with reported():
         CONFIG, RESUME = parse()  # answers --help and misspelt options before torch takes its seconds
@@ -120,7 +123,7 @@ def train(config: Config, resume: Path | None = None) -> Path:
             "(order: resume, weights, pretrained, scratch)"
         )
         if not resume:
-            launch.hint_at_bf16(accelerator)
+            launch.hint_at_speed(accelerator)
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts, saved)
         interrupt = stack.enter_context(Interrupt(accelerator, resume_hint))

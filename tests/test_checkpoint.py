@@ -241,6 +241,42 @@ def test_a_file_that_nobody_wrote_there_makes_a_checkpoint_torn(two_checkpoints,
     assert "scheduler.bin" in checkpoint._fault(checkpoint._folders(run)[-1])
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "best/._config.json", "desktop.ini"])
+def test_what_file_managers_leave_damages_nothing(two_checkpoints, tmp_path, name):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    newest = checkpoint._folders(run)[-1]
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / name).touch()
+    assert checkpoint._fault(newest) is None
+    assert checkpoint.newest(run).path == newest
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_does_not_end_the_run(prepared, tmp_path, monkeypatch, capsys):
+    """As on Windows, if one of its files is open."""
+    accelerator, *_ = prepared
+    save(accelerator, tmp_path, keep=1, epoch=1)
+
+    def held(path, **_):
+        raise PermissionError(errno.EACCES, "is in use", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_remove", lambda path: held(path) if path.exists() else None)
+        save(accelerator, tmp_path, keep=1, epoch=2)
+    assert "00001-000000000 can't be removed: is in use" in capsys.readouterr().err
+    save(accelerator, tmp_path, keep=1, epoch=3)
+    assert [path.name for path in checkpoint._folders(tmp_path)] == ["00003-000000000"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux's list of mapped files")
+def test_a_checkpoint_that_was_restored_is_not_held(prepared, tmp_path):
+    """Windows can't remove a file that is mapped."""
+    accelerator, *_ = prepared
+    save(accelerator, tmp_path, some_rows(), epoch=1)
+    kept = checkpoint.restore(accelerator, checkpoint.newest(tmp_path), tmp_path)
+    assert kept["labels"].tolist() == [0, 1, 2, 0, 6, 13, 14]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_whatever_stands_in_a_checkpoints_place_gives_way(prepared, tmp_path):
     accelerator, *_ = prepared
     (tmp_path / "mine").mkdir()
@@ -349,7 +385,7 @@ def test_random_states_of_gpus_that_are_not_used_do_not_count():
         "random_state": random.getstate(), "numpy_random_seed": np.random.get_state(),
         "torch_manual_seed": torch.get_rng_state(), "torch_cuda_manual_seed": [torch.zeros(16)] * 3,
     }  # fmt: skip
-    assert checkpoint._random_states_are(states, torch.device("cpu"))
+    assert checkpoint._settle_random_states(states, torch.device("cpu"))
 
 
 def test_what_could_not_be_kept_takes_no_room(tmp_path, monkeypatch):
@@ -375,7 +411,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(prepared, tmp_path, 
     """Else a power cut could leave a checkpoint by its right name, and without its content."""
     done, to_disk, replace = [], checkpoint.to_disk, os.replace
     monkeypatch.setattr(checkpoint, "to_disk", lambda path: (done.append(path), to_disk(path)))
-    monkeypatch.setattr(checkpoint.os, "replace", lambda *paths: (done.append(paths), replace(*paths)))
+    monkeypatch.setattr(checkpoint, "replace", lambda *paths: (done.append(paths), replace(*paths)))
     save(prepared[0], tmp_path, epoch=1, step=9)
     (saved,) = checkpoint._folders(tmp_path)
     unfinished = saved.with_name("unfinished")

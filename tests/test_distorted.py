@@ -2,6 +2,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 import corruptions
 import data
@@ -137,7 +138,7 @@ def test_the_classes_are_those_of_the_real_data():
 
 
 def test_what_happens_to_an_image_does_not_depend_on_its_batch():
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    images = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     rows = distorted.Corrupted(images, np.arange(3), seed=1)
     together = rows.__getitems__(list(range(len(rows))))
     alone = rows.__getitems__([200])

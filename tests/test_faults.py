@@ -202,6 +202,7 @@ def test_only_a_training_is_advised_to_do_without_what_takes_a_gpus_memory(tmp_p
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "could not create a primitive",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
     ],
 )
 def test_memory_that_a_library_lacks_is_told_too(said):

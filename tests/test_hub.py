@@ -179,7 +179,7 @@ def test_without_hub_or_cache_one_clear_error_comes_soon(command, tmp_path, more
     assert "Traceback" not in result.stderr
     error = result.stderr.splitlines()[-1]
     assert error.startswith("error: the hub (http://127.0.0.1:")
-    for part in (wanted, "--data.source", "--model.weights", "make demo"):
+    for part in (wanted, "--data.source", "--model.weights", "recipes/demo_pretrain.yaml"):
         assert part in error
     assert seconds < 30, "15 seconds on a machine that does nothing else; this bound is for a busy one"
     assert not (tmp_path / "runs").exists(), "and nothing is left behind"

@@ -177,8 +177,17 @@ def test_bf16_is_hinted_at_where_the_machine_has_it_and_it_is_not_used(
 ):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    launch.hint_at_bf16(launch.make_accelerator(make_config()))
+    launch.hint_at_speed(launch.make_accelerator(make_config()))
     assert ("--mixed_precision bf16" in capsys.readouterr().out) == hinted
+
+
+def test_a_gpu_that_this_torch_can_not_use_is_hinted_at(make_config, monkeypatch, capsys):
+    monkeypatch.setattr(launch.shutil, "which", lambda name: {"nvidia-smi": "/bin/nvidia-smi"}.get(name))
+    accelerator = launch.make_accelerator(make_config())
+    for build, hinted in ((None, True), ("13.0", False)):
+        monkeypatch.setattr(torch.version, "cuda", build)
+        launch.hint_at_speed(accelerator)
+        assert ("the installed torch is a CPU build" in capsys.readouterr().out) == hinted
 
 
 @pytest.mark.parametrize(
@@ -193,7 +202,7 @@ def test_bf16_without_instructions_for_it_is_warned_of(make_config, monkeypatch,
     """It is emulated, and took 20 times as long as fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    launch.hint_at_bf16(launch.make_accelerator(make_config()))
+    launch.hint_at_speed(launch.make_accelerator(make_config()))
     out = capsys.readouterr().out
     assert out.startswith(said) and bool(out) == bool(said)
 
@@ -210,7 +219,7 @@ def test_a_configuration_that_was_trained_otherwise_says_so(capsys):
 
 def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    launch.hint_at_bf16(launch.make_accelerator(make_config()))
+    launch.hint_at_speed(launch.make_accelerator(make_config()))
     assert capsys.readouterr().out == ""
 
 

@@ -149,6 +149,31 @@ def test_a_corrupt_image_is_told_before_training_or_left_out(tmp_path):
     assert sum((split.labels == IGNORED).sum().item() for split in (kept.train, kept.validation)) == 1
 
 
+@pytest.mark.parametrize("method, most", [("fork", 16), ("spawn", 4)])
+def test_there_are_no_more_workers_than_they_are_worth(monkeypatch, method, most):
+    """Where they are not forked, each takes seconds to start, and most of a GB."""
+    monkeypatch.setattr(loading.multiprocessing, "get_start_method", lambda: method)
+    monkeypatch.setattr(loading, "cores_per_process", lambda: 64)
+    assert loading.batches(range(1000), DataConfig(), 10).num_workers == most
+    assert loading.batches(range(5), DataConfig(), 10).num_workers == 1
+    assert loading.batches(range(1000), DataConfig(workers=7), 10).num_workers == 7
+
+
+def test_a_worker_that_is_not_forked_outlives_signals_from_its_first_imports_on():
+    script = """
+import runpy, signal, sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise SystemExit(signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)
+
+sys.meta_path.insert(0, Stop())
+runpy.run_path("train.py", run_name="__mp_main__")
+"""
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_workers_end_with_the_command_whatever_ended_it():
     """After an unexpected error Python asks them once to end, and they would live on for two minutes."""
     script = """

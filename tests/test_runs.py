@@ -46,6 +46,20 @@ def test_the_folder_has_its_configuration_and_is_removed_if_nothing_came_of_it(m
     assert (run / "history.jsonl").exists()
 
 
+def test_the_lock_is_released_before_its_folder_is_removed(make_config, monkeypatch):
+    """On Windows a folder with an open file in it would stay, and its name could not be used again."""
+    removed = []
+
+    def remove(run, **_):
+        with FileLock(run / "checkpoints" / ".lock", blocking=False, is_singleton=False):
+            removed.append(run)
+
+    monkeypatch.setattr(runs.shutil, "rmtree", remove)
+    with pytest.raises(UserError, match="nothing came"), runs.opened(Accelerator(cpu=True), make_config(), None) as run:
+        raise UserError("nothing came of it")
+    assert removed == [run]
+
+
 def test_two_runs_in_a_new_folder_of_which_one_comes_to_nothing(make_config, tmp_path):
     config = dataclasses.replace(make_config(), output_dir=str(tmp_path / "elsewhere"))
     with pytest.raises(UserError, match="nothing came"), runs.opened(Accelerator(cpu=True), config, None) as run:
