@@ -61,6 +61,11 @@ def explained(
                 "batch norm needs more than one image where a map is one pixel: --data.micro_batch_size 2 or more, or "
                 f"larger images; {resume_hint}"
             ) from error
+        if "NCCL" in text and "/dev/shm" in text:
+            raise UserError(
+                "the processes are short of /dev/shm, through which their GPUs communicate: give a container more "
+                f"(docker run --shm-size 2g); {resume_hint}"
+            ) from error
         if full:
             raise UserError(
                 f"the disk is full: {first_line(error)}. What was written before is intact: make room, "
@@ -69,7 +74,8 @@ def explained(
         unread = isinstance(error, BrokenPipeError)  # of this process's own output: `| tee` has died
         if accelerator.num_processes > 1 and not unread and any(sign in text for sign in LOST):
             ways = resume_hint if run is None or run.exists() else "what it said itself is the reason"
-            raise UserError(f"another process of this run has died ({first_line(error)}); {ways}") from error
+            reason = text.rpartition("Last error:")[2].strip() if "Last error:" in text else first_line(error)  # NCCL's
+            raise UserError(f"another process of this run has died ({reason}); {ways}") from error
         raise
 
 
@@ -79,6 +85,8 @@ FULL = ("No space left on device", "(os error 112)", "PytorchStreamWriter failed
 NO_MEMORY = (
     "could not create a primitive",
     "CUDA error: out of memory",
+    "Cuda failure 2 'out of memory'",  # as NCCL says it, and the next one, too
+    "Failed to CUDA calloc",
     "_ALLOC_FAILED",
     "DefaultCPUAllocator: not enough memory",  # as Windows says it
 )
@@ -139,6 +147,7 @@ def fitting_micro_batch(
     try:
         fitting = fit()
         if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()  # for NCCL, which allocates its own
             torch.cuda.reset_peak_memory_stats()  # the history records the training's own peak
         return fitting
     except RuntimeError as error:
@@ -163,5 +172,7 @@ def _try_step(accelerator: Accelerator, model: nn.Module, phase, transform: nn.M
             with accelerator.autocast():
                 loss = trial(images).float().logsumexp(1).mean()
             loss.backward()
+            if accelerator.num_processes > 1:  # DDP keeps the gradients twice
+                _buckets = [torch.empty_like(it.grad) for it in trial.parameters() if it.grad is not None]
             optimizer.step()
             optimizer.zero_grad()

@@ -73,9 +73,8 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     if kind == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         # accelerate launch sets OMP_NUM_THREADS to 1 where the user did not, which wastes every core but one.
         torch.set_num_threads(cores_per_process())
-    if kind == "cpu":
-        # From 1x1 convolutions on channels_last images: their gradients' layout differs, their values do not.
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # From 1x1 or depthwise convolutions on channels_last images: their gradients' layout differs, their values do not.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return accelerator
 
 

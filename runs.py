@@ -52,7 +52,9 @@ def opened(accelerator: Accelerator, config: Config, resume: Path | None) -> Ite
     """
     name = config.run_name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = resume or Path(on_main(lambda: str(config.runs_folder() / name)))
-    lock, folder_made = FileLock(run / "checkpoints" / ".lock", blocking=False), not run.parent.exists()
+    lock = FileLock(run / "checkpoints" / ".lock", blocking=False)
+    # Others don't look yet: their machine would remember for half a minute that a shared folder is not there.
+    folder_made = accelerator.is_main_process and not run.parent.exists()
     if not resume:
         on_main(lambda: _make(run, config))
     try:

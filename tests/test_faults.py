@@ -202,6 +202,8 @@ def test_only_a_training_is_advised_to_do_without_what_takes_a_gpus_memory(tmp_p
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "could not create a primitive",
+        "NCCL error in: /x.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "NCCL error in: /x.cpp:94, unhandled cuda error\nLast error:\nFailed to CUDA calloc 8388608 bytes",
         "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
     ],
 )
@@ -297,6 +299,27 @@ def test_an_output_that_nobody_reads_is_no_dead_process():
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     with pytest.raises(UserError, match="another process of this run has died"), faults.explained("go on", several, 64):
         raise RuntimeError("[../gloo/transport/tcp/pair.cc] writev: Broken pipe")
+
+
+@pytest.mark.parametrize(
+    "reason, said",
+    [
+        (
+            "Error while creating shared memory segment /dev/shm/nccl-x (size 9): No space left on device",
+            "short of /dev/shm",
+        ),
+        (
+            "socketProgress: Connection closed by remote peer",
+            "another process of this run has died .socketProgress: Conn",
+        ),
+    ],
+)
+def test_what_nccl_says_last_is_the_reason(reason, said):
+    several = SimpleNamespace(num_processes=2, device=torch.device("cuda"))
+    with pytest.raises(UserError, match=said), faults.explained("go on", several, 64):
+        raise RuntimeError(
+            f"NCCL error in: /x.cpp:94, unhandled system error, NCCL version 2.27\nLast error:\n{reason}"
+        )
 
 
 def test_another_error_is_not_taken_for_memory(make_config):
