@@ -19,7 +19,7 @@ from metrics import IGNORED
 def layout(device: torch.device) -> torch.memory_format:
     """The memory layout of images for a device's convolutions: channels_last, the faster one, but for Apple's GPUs.
 
-    There, before torch 2.14, batch norms computed wrong gradients from it (pytorch issue 175189).
+    There torch has computed wrong numbers from it again and again (pytorch issues 175189, 180984).
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config,
     first.add_argument("--resume", nargs="?", const="")
     chosen, _ = first.parse_known_args(argv)
 
-    path = Path(chosen.config) if chosen.config else DEFAULT_RECIPE
+    path = expanded(chosen.config) if chosen.config else DEFAULT_RECIPE
     run = None if chosen.resume is None else _run_to_resume(chosen, path)
     if run and not chosen.config:
         path = run / "config.yaml"
@@ -56,15 +56,20 @@ def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config,
     return config, run
 
 
+def expanded(text: str) -> Path:
+    """A path as it was typed, with ~ for the home, which Windows's shells leave to the command."""
+    return Path(os.path.expanduser(text))
+
+
 def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:
     """The run folder that --resume means: its own value, --run_name's, or the recipe's newest that has not ended."""
     if chosen.resume and chosen.run_name:
         raise UserError("--resume: give a run folder or --run_name, not both", USAGE)
     tree = read_yaml(recipe)
-    output_dir = Path(os.path.expanduser(str(chosen.output_dir or tree.get("output_dir") or Config.output_dir)))
+    output_dir = expanded(str(chosen.output_dir or tree.get("output_dir") or Config.output_dir))
     name = str(tree.get("recipe") or _recipe_name(recipe))
     if chosen.resume:
-        run = Path(os.path.expanduser(chosen.resume))
+        run = expanded(chosen.resume)
     elif chosen.run_name:
         run = output_dir / chosen.run_name
     else:

@@ -145,8 +145,8 @@ class DataConfig(_Section):
         ge=0,
         le=256,
         description="worker processes that decode images, for each training process (default: its cores less one, "
-        "from 1 to 4; all its cores, up to 4, for decoding before training; up to 16 for predict.py's --images and "
-        "distorted images)",
+        "from 1 to 4; all its cores, up to 4, for decoding before training; up to 16 (4 where they are not forked) "
+        "for predict.py's --images and distorted images)",
     )
     shuffle_buffer: int = Field(
         10_000,

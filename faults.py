@@ -74,7 +74,8 @@ def explained(
         unread = isinstance(error, BrokenPipeError)  # of this process's own output: `| tee` has died
         if accelerator.num_processes > 1 and not unread and any(sign in text for sign in LOST):
             ways = resume_hint if run is None or run.exists() else "what it said itself is the reason"
-            reason = text.rpartition("Last error:")[2].strip() if "Last error:" in text else first_line(error)  # NCCL's
+            last = text.rpartition("Last error:")[2].strip()  # NCCL's own words, if it has any
+            reason = first_line(error) if last in (text.strip(), "", "Unknown NCCL Error") else last
             raise UserError(f"another process of this run has died ({reason}); {ways}") from error
         raise
 
@@ -167,12 +168,13 @@ def _try_step(accelerator: Accelerator, model: nn.Module, phase, transform: nn.M
         models.freeze_all_but(trial, phase.modules)
         train_mode(trial)
         optimizer = make_optimizer(phase, trial)
+        trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
+        twice = [torch.empty_like(one) for one in trained if accelerator.num_processes > 1]  # DDP's second gradients
         images = transform(torch.zeros(shape, dtype=torch.uint8, device=accelerator.device))
         for _ in range(2):  # the second step has the optimizer's state, too
             with accelerator.autocast():
                 loss = trial(images).float().logsumexp(1).mean()
             loss.backward()
-            if accelerator.num_processes > 1:  # DDP keeps the gradients twice
-                _buckets = [torch.empty_like(it.grad) for it in trial.parameters() if it.grad is not None]
             optimizer.step()
             optimizer.zero_grad()
+        del twice

@@ -1,8 +1,8 @@
 """Signals as requests to stop: noted at once, obeyed after a step, when a run can be saved.
 
 They are SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (of batch systems), SIGHUP (the terminal is closed) and Windows's
-SIGBREAK (Ctrl-Break). A dead launcher counts as SIGTERM: `accelerate launch` passes no signal on, and whoever kills it
-alone does not want training to continue unseen.
+SIGBREAK (Ctrl-Break). A dead launcher counts as SIGTERM (Windows does not tell): `accelerate launch` passes no signal
+on, and whoever kills it alone does not want training to continue unseen.
 """
 
 import os

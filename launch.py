@@ -59,7 +59,7 @@ def make_accelerator(config: Config, precision: str | None = None) -> Accelerato
     if kind == "cpu" and accelerator.mixed_precision == "fp16":
         raise UserError("fp16 does nothing on a CPU; use --mixed_precision bf16, or no", USAGE)
     on_gpu = kind == "cuda"
-    # Only from pinned memory, which only CUDA's loaders use: Apple's GPUs may read what has been freed by then.
+    # Only to a GPU that waits for them: Apple's may read what has been freed by then.
     accelerator.dataloader_config.non_blocking = on_gpu
     able = {"sync_batch_norm": on_gpu, "tf32": on_gpu and has_tf32()}
     for option, can_be_had in able.items():

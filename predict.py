@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 
 import hub
-from commandline import Parser, add_data_options
+from commandline import Parser, add_data_options, expanded
 from config import Config, hub_id
 from errors import USAGE, UserError, reported
 from recipe import overridden, read_yaml
@@ -44,12 +44,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "run", type=_path, metavar="RUN", help="run folder, finished or not, with best/ and config.yaml"
+        "run", type=expanded, metavar="RUN", help="run folder, finished or not, with best/ and config.yaml"
     )
     group = parser.add_argument_group("what to predict", "one of these; without any, --split test")
     what = group.add_mutually_exclusive_group()
     what.add_argument("--split", choices=("test", "validation"), help="a split of the run's data")
-    what.add_argument("--images", type=_path, metavar="DIR", help="image files without labels, subfolders included")
+    what.add_argument("--images", type=expanded, metavar="DIR", help="image files without labels, subfolders included")
     what.add_argument(
         "--robustness",
         action="store_true",
@@ -58,13 +58,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     )
     what.add_argument(
         "--cifar100c",
-        type=_path,
+        type=expanded,
         metavar="DIR",
         help="the official CIFAR-100-C: 19 .npy files named after their corruptions, and labels.npy",
     )
     what.add_argument(
         "--ood",
-        type=_path,
+        type=expanded,
         metavar="DIR",
         help="the course's distortion00.npy to distortion18.npy: writes a submission of 950,000 rows",
     )
@@ -88,7 +88,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     )
     parser.add_argument("--seed", type=_seed, metavar="INT", help="seed of --robustness's corruptions [0]")
     parser.add_argument(
-        "--output", type=_path, metavar="FILE", help="where the CSV goes [RUN/predictions/NAME.csv, submission.csv]"
+        "--output", type=expanded, metavar="FILE", help="where the CSV goes [RUN/predictions/NAME.csv, submission.csv]"
     )
     about = "Other data than the run's own, or another way to read them. Without these: as the run has them."
     add_data_options(parser, WHICH_DATA + HOW_READ, "data", about)
@@ -130,10 +130,6 @@ def _check_together(args: argparse.Namespace) -> None:
         raise UserError(f"--output: {args.output} is not a regular file", USAGE)
     if args.images and not os.path.isdir(args.images):
         raise UserError(f"--images: there is no folder {args.images}", USAGE)
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()  # Windows's shells leave ~ alone
 
 
 def _positive(text: str) -> int:

@@ -12,6 +12,7 @@ predict.py has judged. An existing output file is replaced completely or not at 
 import argparse
 import contextlib
 import dataclasses
+import fnmatch
 import html
 import os
 import re
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import comparison
-from commandline import Parser
+from commandline import Parser, expanded
 from errors import USAGE, UserError, reported
 from files import replace
 from runfolder import Run, read_run
@@ -186,32 +187,27 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "runs",
-        type=lambda text: Path(text).expanduser(),
+        type=expanded,
         nargs="+",
         metavar="RUN",
         help="run folders, in the order to show them",
     )
-    parser.add_argument(
-        "--output", type=lambda text: Path(text).expanduser(), metavar="FILE.html", help="write the page there"
-    )
+    parser.add_argument("--output", type=expanded, metavar="FILE.html", help="write the page there")
     parser.add_argument("--markdown", action="store_true", help="print the comparison for a README, and nothing else")
-    parser.add_argument(
-        "--plots",
-        type=lambda text: Path(text).expanduser(),
-        metavar="DIR",
-        help="write each figure there, as PNG and as SVG",
-    )
+    parser.add_argument("--plots", type=expanded, metavar="DIR", help="write each figure there, as PNG and as SVG")
     args = parser.parse_args(sys.argv[1:])
-    args.runs = [found for path in args.runs for found in _expanded(path)]
+    args.runs = [found for path in args.runs for found in _found(path)]
     if args.output and args.output.suffix.lower() not in (".html", ".htm"):  # never overwrite another file
         raise UserError(f"--output: {args.output} should end in .html", USAGE)
     return args
 
 
-def _expanded(path: Path) -> list[Path]:
-    """What a pattern such as runs/* stands for, which Windows's shells leave to the command."""
-    pattern = "*" in path.name and not os.path.lexists(path)
-    return sorted(path.parent.glob(path.name)) or [path] if pattern else [path]
+def _found(path: Path) -> list[Path]:
+    """What a pattern such as runs/* stands for, which Windows's shells leave to the command; else the path itself."""
+    if "*" not in path.name or os.path.lexists(path) or not path.parent.is_dir():
+        return [path]
+    names = fnmatch.filter(os.listdir(path.parent), path.name)
+    return sorted(path.parent / name for name in names if name[0] != ".") or [path]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -61,9 +62,12 @@ class Tracking:
         if self.accelerator.trackers and self.accelerator.is_main_process:
             import wandb
 
+            # That takes a while, and a launcher ends what is left of a run soon after one process has failed.
+            before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._tell_tracker(partial(wandb.finish, exit_code=int(kind is not None)))
             with contextlib.suppress(Exception, SystemExit):  # if the service is gone; without it W&B retries at exit
                 wandb.teardown()
+            signal.signal(signal.SIGTERM, before)
         self.accelerator.trackers.clear()
 
     def watch(self, steps: Iterator[Step], title: str, images: int | None, made: int = 0) -> Iterator[Step]:

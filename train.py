@@ -124,10 +124,9 @@ def train(config: Config, resume: Path | None = None) -> Path:
         )
         if not resume:
             launch.hint_at_speed(accelerator)
-        # Before W&B, and so left after it, which takes a while: a launcher ends the others soon after one has failed.
-        interrupt = stack.enter_context(Interrupt(accelerator, resume_hint))
         tracking = stack.enter_context(Tracking(accelerator, config, run, state))
         checkpoints = checkpoint.Checkpoints(accelerator, config.checkpoint, run, facts, saved)
+        interrupt = stack.enter_context(Interrupt(accelerator, resume_hint))
         stack.enter_context(launch.ended(accelerator))
 
         source = loading.keep_decoded(source, config.data, accelerator.device, interrupt.watch)

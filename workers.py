@@ -7,10 +7,10 @@ GRACE = 120  # seconds that a worker lives on after SIGTERM: several processes m
 
 def outlive_signals(_worker: int | None = None) -> None:
     """In a worker: survive a signal to the whole process group. Also for loaders' `worker_init_fn`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, _live_on)
 
 

@@ -98,7 +98,7 @@ def test_images_can_be_judged(seen):
     inference.log_probabilities(model, augment.Normalize(**CFG)(images()), "shifts").topk(3)
 
 
-# Torch computed wrong gradients there from channels_last images, and read copies that were no longer there.
+# Torch has computed wrong numbers there from channels_last images and weights.
 
 
 def test_images_have_the_default_layout_there_and_channels_last_elsewhere(monkeypatch):

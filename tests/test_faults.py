@@ -312,6 +312,7 @@ def test_an_output_that_nobody_reads_is_no_dead_process():
             "socketProgress: Connection closed by remote peer",
             "another process of this run has died .socketProgress: Conn",
         ),
+        ("", "another process of this run has died .NCCL error in"),
     ],
 )
 def test_what_nccl_says_last_is_the_reason(reason, said):

@@ -14,6 +14,7 @@ from test_resume import DRAWING, STEPS, whole_and_resumed
 
 import augment
 import graphs
+import launch
 import loading
 import models
 import train
@@ -175,6 +176,11 @@ def test_no_step_waits_for_the_gpu(make_config, monkeypatch):
 
     monkeypatch.setattr(train, "train_epoch", spied)
     train.train(make_config(TWO_PHASES, augment=DRAWING))
+
+
+def test_batches_are_copied_without_waiting(make_config):
+    accelerator = launch.make_accelerator(make_config())
+    assert accelerator.prepare(torch.utils.data.DataLoader([0]))._non_blocking
 
 
 def test_few_images_are_kept_on_the_gpu(make_config, monkeypatch):

@@ -201,6 +201,7 @@ def test_a_gpu_that_this_torch_can_not_use_is_hinted_at(make_config, monkeypatch
 def test_bf16_without_instructions_for_it_is_warned_of(make_config, monkeypatch, capsys, has, said):
     """It is emulated, and took 20 times as long as fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    monkeypatch.setattr(launch.shutil, "which", lambda _: None)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     launch.hint_at_speed(launch.make_accelerator(make_config()))
     out = capsys.readouterr().out
@@ -219,14 +220,15 @@ def test_a_configuration_that_was_trained_otherwise_says_so(capsys):
 
 def test_nothing_is_hinted_at_where_the_machine_has_no_bf16(make_config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    monkeypatch.setattr(launch.shutil, "which", lambda _: None)
     launch.hint_at_speed(launch.make_accelerator(make_config()))
     assert capsys.readouterr().out == ""
 
 
-def test_batches_are_copied_without_waiting_only_from_pinned_memory(make_config):
+def test_only_copies_to_cudas_gpus_do_not_wait(make_config):
+    """test_gpu.py looks at those."""
     accelerator = launch.make_accelerator(make_config())
     assert not accelerator.prepare(torch.utils.data.DataLoader([0]))._non_blocking
-    assert accelerator.non_blocking is False  # on a GPU it does: test_gpu.py
 
 
 def test_weights_are_channels_last_on_a_gpu_alone():

@@ -190,6 +190,26 @@ def test_wandb_without_a_key_goes_offline_and_says_how_to_sync(start, tmp_path, 
     assert json.loads((tmp_path / "summary.json").read_text()) == {"test_top1": 0.5}
 
 
+def test_the_tracker_ends_in_peace(start, no_account, monkeypatch):
+    """When one process fails, a launcher soon sends SIGTERM to the main one, whose error is still to be printed."""
+    ended, finish = [], wandb.finish
+
+    def told_to_end(**options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(**options)
+        ended.append("W&B")
+
+    monkeypatch.setattr(wandb, "finish", told_to_end)
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.append("all"))
+    try:
+        with start(tracking="wandb"):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == ["W&B", "all"]
+
+
 @pytest.mark.parametrize(
     ("files", "environment", "has_key"),
     [

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import signal
 
 import datasets
 import numpy as np
@@ -369,19 +368,6 @@ def test_the_fast_path_keeps_the_loss_curve_within_the_noise_of_seeds(make_confi
     plain = losses("plain", keep_mb=0)
     assert not np.array_equal(fast, plain)
     assert (np.abs(fast - plain) < plain.std(axis=0)).all(), "seed by seed, and epoch by epoch"
-
-
-def test_a_signal_is_still_noted_while_the_tracker_ends(make_config, monkeypatch):
-    """A launcher sends SIGTERM to the main process as soon as another one has ended with the error that all have."""
-    handlers, ending = [], train.Tracking.__exit__
-
-    def ended(*args):
-        handlers.append(signal.getsignal(signal.SIGTERM))
-        return ending(*args)
-
-    monkeypatch.setattr(train.Tracking, "__exit__", ended)
-    train.train(make_config({"only": phase()}))
-    assert handlers[0].__self__.__class__ is train.Interrupt
 
 
 def test_an_epoch_too_short_to_be_traced_is_told(make_config, capsys):
