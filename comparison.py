@@ -155,6 +155,54 @@ def epochs(run: Run) -> Table:
     return Table(head, rows)
 
 
+# ---- over seeds and folds -------------------------------------------------------------------------------------------
+
+REPEATED = ("seed", "data.fold")
+
+
+def over_seeds(runs: list[Run]) -> Table | None:
+    """Means and standard deviations over finished runs that differ in their seeds or folds alone; None if none do.
+
+    The deviations are a sample's (n - 1): of the runs, not of their mean. Precision is the only part of the environment
+    that tells runs apart.
+    """
+    groups = {}
+    for run in filter(lambda run: run.summary, runs):
+        flat = {field: exact for field, (exact, _) in _flat(run.config).items() if field not in (*REPEATED, *UNTOLD)}
+        same = {it for it in flat.items() if not it[0].startswith("environment.") or it[0].endswith("mixed_precision")}
+        groups.setdefault(frozenset(same), []).append(run)
+    rows = []
+    for group in (group for group in groups.values() if len(group) > 1):
+        found = [(run, robustness(run)) for run in group]
+        comparable = all(it for _, it in found) and len({(it.origin, conditions(run, it)) for run, it in found}) == 1
+        rows.append(
+            {
+                "runs": shown(", ".join(run.name for run in group)),
+                "n": str(len(group)),
+                "seeds": _distinct(group, "seed"),
+                "folds": _distinct(group, "data", "fold"),
+                "val loss": spread([run.best_epoch.get("val_loss") for run in group], ".3f"),
+                "val top-1": spread([run.best_epoch.get("val_top1") for run in group], ".1%"),
+                "test loss": spread([run.summary.get("test_loss") for run in group], ".3f"),
+                "test top-1": spread([run.summary.get("test_top1") for run in group], ".1%"),
+                "robustness mean": spread([it.mean15 for _, it in found], ".1%") if comparable else "-",
+            }
+        )
+    return Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else None
+
+
+def spread(values: list[float | None], form: str) -> str:
+    """Mean ± standard deviation of a sample; "-" if a figure is missing."""
+    if None in values:
+        return "-"
+    return f"{format(statistics.mean(values), form)} ± {format(statistics.stdev(values), form)}"
+
+
+def _distinct(runs: list[Run], *path: str) -> str:
+    values = {json.dumps(run.setting(*path), default=str) for run in runs}
+    return ", ".join(shown(value) for value in sorted(values, key=lambda value: (len(value), value)))
+
+
 # ---- phase changes --------------------------------------------------------------------------------------------------
 
 

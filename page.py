@@ -73,6 +73,7 @@ def render(runs: list[Run]) -> str:
         runs=list(zip(runs, judged, strict=True)),
         table=comparison.comparison(runs),
         legend=comparison.legend(runs),
+        repeated=comparison.over_seeds(runs),
         styles=[plots.style(index) for index in range(len(runs))],
         repeats=len(runs) > len(plots.COLOURS) * len(plots.DASHES),
         curves=[(picture, address) for picture, address in curves if address],

@@ -27,6 +27,7 @@ from files import replace
 from runfolder import Run, read_run
 from text import NAME_LENGTH, plain
 
+OVER_SEEDS = "Mean ± standard deviation over runs that differ in seed or fold alone"
 COMPACT = ("run", "model", "phases", "best epoch", "val top-1", "test top-1", "test top-5", "minutes")  # on a terminal
 
 
@@ -80,7 +81,10 @@ def terminal(runs: list[Run]) -> str:
         f"### {_text(run.name)}\n\n{epochs_table(run) if run.history else 'no epoch finished yet'}\n" for run in runs
     ]
     parts += [sentence for run in runs for sentence in phase_changes(run)]
-    return "\n".join([*parts, f"\n### Side by side\n\n{comparison_table(runs)}"])
+    parts.append(f"\n### Side by side\n\n{comparison_table(runs)}")
+    if repeated := comparison.over_seeds(runs):
+        parts.append(f"\n### {OVER_SEEDS}\n\n{_table(repeated)}")
+    return "\n".join(parts)
 
 
 def markdown(runs: list[Run], with_commands: bool = True) -> str:
@@ -90,6 +94,8 @@ def markdown(runs: list[Run], with_commands: bool = True) -> str:
         with_commands: end with the commands that retrain the runs; they hold this machine's paths.
     """
     parts = [_table(comparison.comparison(runs)), *comparison.legend(runs)]
+    if repeated := comparison.over_seeds(runs):
+        parts += [f"{OVER_SEEDS}:", _table(repeated)]
     if changes := [f"- {sentence}" for run in runs for sentence in phase_changes(run)]:
         parts.append("\n".join(changes))
     differences = comparison.differences(runs)

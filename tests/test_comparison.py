@@ -115,6 +115,51 @@ def test_runs_of_different_data_are_told(make, other):
     assert "data differ" not in " ".join(comparison.legend([one, same]))
 
 
+# ---- over seeds and folds -------------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_seed_or_fold_alone_are_averaged(make):
+    def one(name, top1, test, **values):
+        rows = history({"train": 1})
+        rows[0] |= {"val_top1": top1, "val_loss": 2.0}
+        run = make(name, {"train": 1}, rows, **values)
+        path = run.path / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"test_top1": test}))
+        return read_run(run.path)
+
+    runs = [
+        one("a-seed0", 0.50, 0.40, seed=0),
+        one("a-seed2", 0.52, 0.44, seed=2),
+        one("a-seed10", 0.54, 0.45, seed=10),
+    ]
+    runs += [one("other", 0.9, 0.9, seed=1, data={"batch_size": 128})]
+    runs += [one("fp32", 0.9, 0.9, seed=1, environment={"mixed_precision": "no"})]
+    running = make("a-seed3", {"train": 1}, history({"train": 1}), finished=False, seed=3)
+    table = comparison.over_seeds([*runs, running])
+    assert [dict(zip(table.head, row, strict=True)) for row in table.rows] == [
+        {
+            "runs": "a-seed0, a-seed2, a-seed10", "n": "3", "seeds": "0, 2, 10", "folds": "0",
+            "val loss": "2.000 ± 0.000", "val top-1": "52.0% ± 2.0%", "test loss": "2.345 ± 0.000",
+            "test top-1": "43.0% ± 2.6%", "robustness mean": "-",
+        }
+    ]  # fmt: skip
+    assert comparison.over_seeds(runs[2:]) is None
+    folds = [one("f0", 0.5, 0.4, data={"fold": 0}), one("f1", 0.6, 0.5, data={"fold": 1}, environment={"device": "x"})]
+    (row,) = comparison.over_seeds(folds).rows
+    assert row[:4] == ["f0, f1", "2", "0", "0, 1"]
+
+
+def test_robustness_is_averaged_over_the_same_images_alone(make):
+    runs = [make(f"run{seed}", seed=seed) for seed in range(2)]
+    for run, version in zip(runs, (2, 2), strict=True):
+        write_predictions(run.path, corrupted("robustness", version=version))
+    table = comparison.over_seeds([read_run(run.path) for run in runs])
+    assert dict(zip(table.head, table.rows[0], strict=True))["robustness mean"].endswith(" ± 0.0%")
+    write_predictions(runs[1].path, corrupted("robustness", version=1))
+    table = comparison.over_seeds([read_run(run.path) for run in runs])
+    assert dict(zip(table.head, table.rows[0], strict=True))["robustness mean"] == "-"
+
+
 # ---- phase changes --------------------------------------------------------------------------------------------------
 
 

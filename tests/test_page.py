@@ -236,6 +236,15 @@ def test_what_could_not_be_read_is_told_on_the_page(path):
     assert "predictions/validation.json is left out" in text
 
 
+def test_seeds_are_averaged(browser, tmp_path):
+    runs = read_runs([write_run(tmp_path / f"run{seed}", {"head": 1}, seed=seed) for seed in range(2)])
+    write_page(runs, tmp_path / "report.html")
+    open_at(browser, tmp_path / "report.html", 1280)
+    expected = comparison.over_seeds(runs)
+    label = "Mean ± standard deviation over runs that differ in seed or fold alone"
+    assert table(browser, label) == [expected.head, *expected.rows]
+
+
 def test_one_run_alone(browser, tmp_path):
     run = write_run(tmp_path / "<i>alone", {"train": 1})
     write_page(read_runs([run]), tmp_path / "page.html")

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from run_folders import corrupted, history, split, write_predictions, write_run
 
 import report
 from errors import UserError, reported
+from runfolder import read_run
 
 TWO = {"head": 2, "finetune": 3}
 
@@ -68,6 +70,14 @@ def test_markdown_has_the_comparison_the_changes_and_how_runs_were_made(tmp_path
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_averaged(tmp_path):
+    runs = [read_run(write_run(tmp_path / f"run{seed}", {"head": 1}, seed=seed)) for seed in range(2)]
+    for text in (report.terminal(runs), report.markdown(runs)):
+        assert "over runs that differ in seed or fold alone" in text
+        assert re.search(r"\| run0, run1 +\| 2 +\| 0, 1 +\| 0 +\|", text)
+    assert "differ in seed" not in report.terminal(runs[:1]) + report.markdown(runs[:1])
 
 
 def test_a_name_can_not_break_the_table(make_run):
