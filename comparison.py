@@ -191,11 +191,13 @@ def over_seeds(runs: list[Run]) -> Table | None:
     return Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else None
 
 
-def spread(values: list[float | None], form: str) -> str:
-    """Mean ± standard deviation of a sample; "-" if a figure is missing."""
+def spread(values: list[float | None], form: str, scale: float = 1.0) -> str:
+    """Mean and, if there are several, the standard deviation of a sample; "-" if a figure is missing."""
     if None in values:
         return "-"
-    return f"{format(statistics.mean(values), form)} ± {format(statistics.stdev(values), form)}"
+    values = [scale * value for value in values]
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
 def _distinct(runs: list[Run], *path: str) -> str:

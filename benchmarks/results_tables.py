@@ -6,7 +6,6 @@ Tables in README.md and docs/results.md, docs/comparison.md with its curves, and
 import json
 import re
 import shlex
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -64,17 +63,8 @@ def views_top1(path: Path) -> float | None:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); restore or delete it") from None
 
 
-def spread(values: list, form: str, scale: float = 1.0) -> str:
-    """Mean and, if several, standard deviation over seeds."""
-    if any(value is None for value in values):
-        return "-"
-    values = [scale * value for value in values]
-    mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
-
-
 def mean_of(name: str, form: str, scale: float = 1.0) -> Callable[[list[Figures]], str]:
-    return lambda found: spread([it[name] for it in found], form, scale)
+    return lambda found: comparison.spread([it[name] for it in found], form, scale)
 
 
 def jumps(found: list[Figures]) -> str:
@@ -149,7 +139,7 @@ def ablation(rows: Finished, finished: Finished) -> str:
                     f"{row.name} can't be compared with {row.against}: {mine} against {theirs} (precision, or weights)"
                 )
         gains = [top1 - base[seed] for seed, top1 in reached[row.name].items() if seed in base and top1 is not None]
-        gained = spread(gains, "+.1f", 100) if gains else "-"
+        gained = comparison.spread(gains, "+.1f", 100) if gains else "-"
         lines.append([row.what, str(len(found)), gained, *(COLUMNS[column](found) for column in columns)])
     return markdown(["", "seeds", "change, points of val top-1", *columns], lines)
 
