@@ -184,16 +184,19 @@ def precision_of_training(config: Config) -> str | None:
 
 
 def hint_at_speed(accelerator: Accelerator) -> None:
-    """Say so if a GPU or bf16 instructions are there and not used, or bf16 is used without them."""
+    """Say so if a GPU, or a faster precision, is there and not used, or bf16 is used without instructions for it."""
     if torch.version.cuda is None and torch.version.hip is None and shutil.which("nvidia-smi"):
         accelerator.print(
             "hint: this machine seems to have an Nvidia GPU, but the installed torch is a CPU build (what pip installs "
             "on Windows): https://pytorch.org/get-started/locally/ says how to get one for the GPU"
         )
     has = has_bf16(accelerator.device)
-    if accelerator.mixed_precision == "no" and has:
+    # Older GPUs, such as the T4 of free notebooks, have tensor cores for fp16 alone.
+    other = "bf16" if has else "fp16" if has_tensor_cores(accelerator.device) else None
+    if accelerator.mixed_precision == "no" and other:
         accelerator.print(
-            "hint: this machine also computes in bf16, usually faster: accelerate launch --mixed_precision bf16 ..."
+            f"hint: this machine also computes in {other}, usually faster: "
+            f"accelerate launch --mixed_precision {other} ..."
         )
     if accelerator.mixed_precision == "bf16" and has is False:
         accelerator.print(
@@ -230,6 +233,11 @@ def has_bf16(device: torch.device) -> bool | None:
     able = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     names = [name for name in ("avx512_bf16", "amx_bf16") if name in able]
     return any(able[name] for name in names) if names else None
+
+
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether it is an Nvidia GPU that computes in fp16 much faster than in fp32."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def has_tf32() -> bool:

@@ -181,6 +181,19 @@ def test_bf16_is_hinted_at_where_the_machine_has_it_and_it_is_not_used(
     assert ("--mixed_precision bf16" in capsys.readouterr().out) == hinted
 
 
+@pytest.mark.parametrize(
+    "bf16, capability, hinted", [(True, (9, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), None)]
+)
+def test_the_faster_precision_of_a_gpu_is_hinted_at(monkeypatch, capsys, bf16, capability, hinted):
+    """A T4 has no instructions for bf16; before it, none are much faster."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch.shutil, "which", lambda _: None)
+    launch.hint_at_speed(SimpleNamespace(device=torch.device("cuda"), mixed_precision="no", print=print))
+    said = capsys.readouterr().out
+    assert f"--mixed_precision {hinted} ..." in said if hinted else said == ""
+
+
 def test_a_gpu_that_this_torch_can_not_use_is_hinted_at(make_config, monkeypatch, capsys):
     monkeypatch.setattr(launch.shutil, "which", lambda name: {"nvidia-smi": "/bin/nvidia-smi"}.get(name))
     accelerator = launch.make_accelerator(make_config())
