@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import re
 from pathlib import Path
 
 import torch
@@ -61,6 +62,13 @@ def explained(
                 "batch norm needs more than one image where a map is one pixel: --data.micro_batch_size 2 or more, or "
                 f"larger images; {resume_hint}"
             ) from error
+        if UNUSED in text:
+            which = re.search(r"did not receive grad for rank \d+: *([^\n]+)", text)
+            raise UserError(
+                "several processes can't train parameters that take no part in the loss, as some here do"
+                f"{f' ({which[1].strip()})' if which else ''}: leave their modules out of the phase, or the model; "
+                f"TORCH_DISTRIBUTED_DEBUG=INFO names them; {resume_hint}"
+            ) from error
         if "NCCL" in text and "/dev/shm" in text:
             raise UserError(
                 "the processes are short of /dev/shm, through which their GPUs communicate: give a container more "
@@ -80,6 +88,7 @@ def explained(
         raise
 
 
+UNUSED = "Expected to have finished reduction in the prior iteration"
 ONE_VALUE = "Expected more than 1 value per channel when training"
 # Torch's writer gives no reason; 112 is Windows's number.
 FULL = ("No space left on device", "(os error 112)", "PytorchStreamWriter failed", "unexpected pos")

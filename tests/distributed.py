@@ -21,7 +21,7 @@ import streaming
 from config import DataConfig, ModelConfig, PhaseConfig
 from engine import train_epoch, unwrap, validate
 from errors import UserError
-from faults import fitting_micro_batch
+from faults import explained, fitting_micro_batch
 from phases import make_optimizer
 from processes import on_all, on_main, raised_on_all
 from recipe import check
@@ -55,6 +55,20 @@ def a_loss_that_is_not_finite_on_one_process(accelerator: Accelerator, model: nn
     assert unapplied == [0, 0, 1, 2, 3], (accelerator.process_index, unapplied)
     assert digests[0] != digests[1] and len(set(digests[1:])) == 1
     assert same_everywhere(digests)
+
+
+def parameters_that_take_no_part_are_told(accelerator: Accelerator) -> None:
+    model = models.create(ModelConfig(name="test_resnet"), list("abcd"), (32, 32))[0]
+    model.forgotten = nn.Linear(2, 2)
+    prepared, optimizer = accelerator.prepare(model, make_optimizer(SGD, model))
+    batch = {"image": torch.rand(4, 3, 32, 32), "label": torch.arange(4)}
+    try:
+        with explained("go on", accelerator, 4):
+            list(train_epoch(accelerator, prepared, [batch] * 3, nn.Identity(), optimizer, metrics.Classification(), 4))
+    except UserError as error:
+        assert "can't train parameters that take no part in the loss, as some here do (" in str(error)
+    else:
+        raise AssertionError("nothing was said")
 
 
 def a_micro_batch_that_fits_everywhere(accelerator: Accelerator) -> None:
@@ -226,6 +240,8 @@ def main(parquet: str, corrupted: str) -> None:
     folders_that_differ_are_told(parquet, corrupted)
     a_micro_batch_that_fits_everywhere(accelerator)
     corrupt_images(accelerator, corrupted)
+    accelerator.free_memory()
+    parameters_that_take_no_part_are_told(accelerator)
     accelerator.free_memory()
     set_seed(0)
     a_loss_that_is_not_finite_on_one_process(
