@@ -58,7 +58,10 @@ def parse(argv: list[str] | None = None, patched: bool = False) -> tuple[Config,
 
 def expanded(text: str) -> Path:
     """A path as it was typed, with ~ for the home, which Windows's shells leave to the command."""
-    return Path(os.path.expanduser(text))
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UserError(f"{text}: nobody here has such a home; a file of that name would be ./{text}", USAGE)
+    return Path(path)
 
 
 def _run_to_resume(chosen: argparse.Namespace, recipe: Path) -> Path:

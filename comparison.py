@@ -116,7 +116,7 @@ def legend(runs: list[Run]) -> list[str]:
         )
     if any(not run.summary for run in runs):
         lines.append(
-            "Epochs '3 of 50': the run has no summary.json that can be read: it goes on, was stopped or crashed; such "
+            "Epochs 'N of M': the run has no summary.json that can be read: it goes on, was stopped or crashed; such "
             "a run has no test figures and no count of parameters."
         )
     judged = {tuple(run.setting("data", name) for name in ("source", "subset", "test_split", "label")) for run in runs}
@@ -157,38 +157,40 @@ def epochs(run: Run) -> Table:
 
 # ---- over seeds and folds -------------------------------------------------------------------------------------------
 
-REPEATED = ("seed", "data.fold")
-
 
 def over_seeds(runs: list[Run]) -> Table | None:
-    """Means and standard deviations over finished runs that differ in their seeds or folds alone; None if none do.
+    """Means and standard deviations over finished runs that differ in seed alone, or in fold alone; None if none do.
 
-    The deviations are a sample's (n - 1): of the runs, not of their mean. Precision is the only part of the environment
-    that tells runs apart.
+    The deviations are a sample's (n - 1): of the runs, not of their mean. Of runs that differ in nothing, the first
+    counts. Precision is the only part of the environment that tells runs apart.
     """
-    groups = {}
-    for run in filter(lambda run: run.summary, runs):
-        flat = {field: exact for field, (exact, _) in _flat(run.config).items() if field not in (*REPEATED, *UNTOLD)}
-        same = {it for it in flat.items() if not it[0].startswith("environment.") or it[0].endswith("mixed_precision")}
-        groups.setdefault(frozenset(same), []).append(run)
     rows = []
-    for group in (group for group in groups.values() if len(group) > 1):
-        found = [(run, robustness(run)) for run in group]
-        comparable = all(it for _, it in found) and len({(it.origin, conditions(run, it)) for run, it in found}) == 1
-        rows.append(
-            {
-                "runs": shown(", ".join(run.name for run in group)),
-                "n": str(len(group)),
-                "seeds": _distinct(group, "seed"),
-                "folds": _distinct(group, "data", "fold"),
-                "val loss": spread([run.best_epoch.get("val_loss") for run in group], ".3f"),
-                "val top-1": spread([run.best_epoch.get("val_top1") for run in group], ".1%"),
-                "test loss": spread([run.summary.get("test_loss") for run in group], ".3f"),
-                "test top-1": spread([run.summary.get("test_top1") for run in group], ".1%"),
-                "robustness mean": spread([it.mean15 for _, it in found], ".1%") if comparable else "-",
-            }
-        )
-    return Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else None
+    for field, path in (("seed", ("seed",)), ("fold", ("data", "fold"))):
+        groups = {}
+        for run in (run for run in runs if run.summary):
+            flat = {name: exact for name, (exact, _) in _flat(run.config).items() if name not in UNTOLD}
+            varied = flat.pop(".".join(path), "null")
+            same = {it for it in flat.items() if not it[0].startswith("environment.") or it[0].endswith("precision")}
+            groups.setdefault(frozenset(same), {}).setdefault(varied, run)
+        for group in (group for group in groups.values() if len(group) > 1):
+            values = sorted(group, key=lambda value: (len(value), value))
+            rows.append([f"{field}s {', '.join(map(shown, values))}", *_means([group[value] for value in values])])
+    head = ["over", "runs", "val loss", "val top-1", "test loss", "test top-1", "robustness mean"]
+    return Table(head, rows) if rows else None
+
+
+def _means(runs: list[Run]) -> list[str]:
+    """The cells of `over_seeds` for a group of runs; robustness only if it was measured on the same images."""
+    found = [(run, robustness(run)) for run in runs]
+    comparable = all(it for _, it in found) and len({(it.origin, conditions(run, it)) for run, it in found}) == 1
+    return [
+        shown(", ".join(run.name for run in runs)),
+        spread([run.best_epoch.get("val_loss") for run in runs], ".3f"),
+        spread([run.best_epoch.get("val_top1") for run in runs], ".1%"),
+        spread([run.summary.get("test_loss") for run in runs], ".3f"),
+        spread([run.summary.get("test_top1") for run in runs], ".1%"),
+        spread([it.mean15 for _, it in found], ".1%") if comparable else "-",
+    ]
 
 
 def spread(values: list[float | None], form: str, scale: float = 1.0) -> str:
@@ -198,11 +200,6 @@ def spread(values: list[float | None], form: str, scale: float = 1.0) -> str:
     values = [scale * value for value in values]
     mean = format(statistics.mean(values), form)
     return mean if len(values) == 1 else f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
-
-
-def _distinct(runs: list[Run], *path: str) -> str:
-    values = {json.dumps(run.setting(*path), default=str) for run in runs}
-    return ", ".join(shown(value) for value in sorted(values, key=lambda value: (len(value), value)))
 
 
 # ---- phase changes --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
+import glob
 import html
 import os
 import re
@@ -27,7 +28,7 @@ from files import replace
 from runfolder import Run, read_run
 from text import NAME_LENGTH, plain
 
-OVER_SEEDS = "Mean ± standard deviation over runs that differ in seed or fold alone"
+OVER_SEEDS = "Mean ± standard deviation over runs that differ in seed or in fold alone"
 COMPACT = ("run", "model", "phases", "best epoch", "val top-1", "test top-1", "test top-5", "minutes")  # on a terminal
 
 
@@ -210,7 +211,7 @@ def parse() -> argparse.Namespace:
 
 def _found(path: Path) -> list[Path]:
     """What a pattern such as runs/* stands for, which Windows's shells leave to the command; else the path itself."""
-    if "*" not in path.name or os.path.lexists(path) or not path.parent.is_dir():
+    if not glob.has_magic(path.name) or os.path.lexists(path) or not path.parent.is_dir():
         return [path]
     names = fnmatch.filter(os.listdir(path.parent), path.name)
     return sorted(path.parent / name for name in names if name[0] != ".") or [path]

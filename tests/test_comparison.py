@@ -135,18 +135,19 @@ def test_runs_that_differ_in_seed_or_fold_alone_are_averaged(make):
     runs += [one("other", 0.9, 0.9, seed=1, data={"batch_size": 128})]
     runs += [one("fp32", 0.9, 0.9, seed=1, environment={"mixed_precision": "no"})]
     running = make("a-seed3", {"train": 1}, history({"train": 1}), finished=False, seed=3)
-    table = comparison.over_seeds([*runs, running])
+    again = one("again", 0.50, 0.40, seed=0)
+    table = comparison.over_seeds([*runs, running, again])
     assert [dict(zip(table.head, row, strict=True)) for row in table.rows] == [
         {
-            "runs": "a-seed0, a-seed2, a-seed10", "n": "3", "seeds": "0, 2, 10", "folds": "0",
-            "val loss": "2.000 ± 0.000", "val top-1": "52.0% ± 2.0%", "test loss": "2.345 ± 0.000",
-            "test top-1": "43.0% ± 2.6%", "robustness mean": "-",
+            "over": "seeds 0, 2, 10", "runs": "a-seed0, a-seed2, a-seed10", "val loss": "2.000 ± 0.000",
+            "val top-1": "52.0% ± 2.0%", "test loss": "2.345 ± 0.000", "test top-1": "43.0% ± 2.6%",
+            "robustness mean": "-",
         }
     ]  # fmt: skip
-    assert comparison.over_seeds(runs[2:]) is None
-    folds = [one("f0", 0.5, 0.4, data={"fold": 0}), one("f1", 0.6, 0.5, data={"fold": 1}, environment={"device": "x"})]
-    (row,) = comparison.over_seeds(folds).rows
-    assert row[:4] == ["f0, f1", "2", "0", "0, 1"]
+    assert comparison.over_seeds([runs[0], again, *runs[3:]]) is None
+    fold = one("fold1", 0.6, 0.5, data={"fold": 1}, environment={"device": "x"})
+    table = comparison.over_seeds([*runs[:2], fold])
+    assert [row[:2] for row in table.rows] == [["seeds 0, 2", "a-seed0, a-seed2"], ["folds 0, 1", "a-seed0, fold1"]]
 
 
 def test_robustness_is_averaged_over_the_same_images_alone(make):

@@ -241,7 +241,7 @@ def test_seeds_are_averaged(browser, tmp_path):
     write_page(runs, tmp_path / "report.html")
     open_at(browser, tmp_path / "report.html", 1280)
     expected = comparison.over_seeds(runs)
-    label = "Mean ± standard deviation over runs that differ in seed or fold alone"
+    label = "Mean ± standard deviation over runs that differ in seed or in fold alone"
     assert table(browser, label) == [expected.head, *expected.rows]
 
 

@@ -75,8 +75,8 @@ def test_markdown_has_the_comparison_the_changes_and_how_runs_were_made(tmp_path
 def test_seeds_are_averaged(tmp_path):
     runs = [read_run(write_run(tmp_path / f"run{seed}", {"head": 1}, seed=seed)) for seed in range(2)]
     for text in (report.terminal(runs), report.markdown(runs)):
-        assert "over runs that differ in seed or fold alone" in text
-        assert re.search(r"\| run0, run1 +\| 2 +\| 0, 1 +\| 0 +\|", text)
+        assert "over runs that differ in seed or in fold alone" in text
+        assert re.search(r"\| seeds 0, 1 +\| run0, run1 +\|", text)
     assert "differ in seed" not in report.terminal(runs[:1]) + report.markdown(runs[:1])
 
 
@@ -256,12 +256,19 @@ def test_what_a_shell_leaves_alone_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "runs" / ".unfinished").mkdir()
     monkeypatch.chdir(tmp_path)
-    for given in ("runs/*", "~/runs/*"):
+    for given in ("runs/*", "~/runs/*", "runs/[a-c]", "runs/?"):
         monkeypatch.setattr(sys, "argv", ["report.py", given])
         assert [path.name for path in report.parse().runs] == ["a", "b"], given
-    for given in ("runs/x**", "nowhere/*", "~no-such-user/run"):
+    for given in ("runs/x**", "nowhere/*"):
         monkeypatch.setattr(sys, "argv", ["report.py", given])
         assert list(map(str, report.parse().runs)) == [given], "for one clear error later"
+
+
+def test_the_home_of_nobody_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["report.py", "run", "--output", "~no-such-user/page.html"])
+    with pytest.raises(UserError, match=r"~no-such-user/page\.html: nobody here has such a home") as caught:
+        report.parse()
+    assert caught.value.exit_code == 2
 
 
 def test_a_file_between_the_runs_is_left_out(tmp_path, monkeypatch, capsys):
