@@ -257,5 +257,6 @@ def check_batch(data: Data, config: DataConfig) -> None:
     """Raise UserError if the training rows, where they can be counted, do not fill one batch."""
     if not is_streamed(data) and len(data.train) < config.batch_size:
         raise UserError(
-            f"{config.source}: {len(data.train)} training rows are fewer than data.batch_size {config.batch_size}"
+            f"{config.source}: {len(data.train)} training rows are fewer than data.batch_size {config.batch_size}: "
+            "lower it"
         )

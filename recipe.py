@@ -88,7 +88,8 @@ def read_yaml(path: Path) -> dict:
         where = f"{path}, line {mark.line + 1}" if mark else path
         raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})", USAGE) from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found {type(tree).__name__}", USAGE)
+        found = "nothing" if tree is None else type(tree).__name__
+        raise UserError(f"{path}: expected 'key: value' lines, found {found}", USAGE)
     return tree
 
 

@@ -246,7 +246,8 @@ class TrainingStream:
             )
         if not validation and rows < self.batch_size:
             raise UserError(
-                f"{self.in_order.source}: {rows} training rows are fewer than data.batch_size {self.batch_size}"
+                f"{self.in_order.source}: {rows} training rows are fewer than data.batch_size {self.batch_size}: "
+                "lower it"
             )
 
     def _is_validation(self, row: dict) -> bool:

@@ -236,7 +236,7 @@ CASES = [
     # ---- recipes
     option("--config {dir}/resnet5.yaml", "--config: there is no file {dir}/resnet5.yaml; did you mean resnet50?"),
     option("--config {dir}", "--config: {dir} can't be read"),
-    recipe("empty", "", "expected 'key: value' lines, found NoneType"),
+    recipe("empty", "", "expected 'key: value' lines, found nothing"),
     recipe("a list", "- a\n- b\n", "expected 'key: value' lines, found list"),
     recipe("malformed", "model: {name: a\nphases:\n", "odd.yaml, line 2: not valid YAML"),
     recipe("in UTF-16", ONE.encode("utf-16"), "is not a text file in UTF-8"),
